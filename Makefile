@@ -1,0 +1,41 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+SETUP := setup.cfg pyproject.toml constraints.txt
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m torch_pathloss $(DEMO)
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.bench
+	$(BIN)/python bench/overhead.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+# A constraint on torch comes first: an open range would take several GB of CUDA packages.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python $(SETUP)
+	$(INSTALL) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(BIN)/python $(SETUP)
+	$(INSTALL) --editable '.[test,demo,lightning]'
+	touch $@
+
+$(VENV)/.bench: $(BIN)/python $(SETUP)
+	$(INSTALL) --editable '.[bench]'
+	touch $@

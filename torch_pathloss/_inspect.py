@@ -1,0 +1,245 @@
+"""Looking at a criterion: what its terms reach in an output, and what would fail."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from torch_pathloss import _paths, _tree
+from torch_pathloss._errors import CheckError, PathLossError, UncoveredError, UncoveredWarning, listed
+from torch_pathloss._evaluate import Evaluation
+from torch_pathloss._paths import Path
+from torch_pathloss._plan import OUTPUT, TREES, TermPlan
+from torch_pathloss._term import callable_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Uncovered: TypeAlias = Literal["ignore", "warn", "error"]
+UNCOVERED = ("ignore", "warn", "error")
+
+
+def _reached(evaluation: Evaluation) -> dict[Path, list[str]]:
+    """Returns the names of the terms by the output paths that they read. Leaves out what does not exist."""
+    output = evaluation.trees[OUTPUT]
+    found: dict[Path, list[str]] = {}
+    for term in evaluation.plan.terms:
+        for read in term.reads:
+            if read.tree != OUTPUT:
+                continue
+            try:
+                for captures in evaluation.captures(term):
+                    path = _tree.locate(output, _paths.fill(read.path, captures), TREES[OUTPUT])
+                    names = found.setdefault(path, [])
+                    if term.name not in names:
+                        names.append(term.name)
+            except PathLossError:
+                continue
+    return found
+
+
+def _covered(evaluation: Evaluation) -> list[tuple[Path, Any, list[str]]]:
+    """Returns every leaf of the output with the names of the terms that reach it or a node above it."""
+    reached = _reached(evaluation)
+    return [
+        (path, leaf, [name for depth in range(len(path) + 1) for name in reached.get(path[:depth], ())])
+        for path, leaf in _tree.leaves(evaluation.trees[OUTPUT])
+    ]
+
+
+def report_uncovered(evaluation: Evaluation, uncovered: Uncovered, warned: set[tuple[str, ...]]) -> None:
+    """Warns of output tensors that no term reaches, once for each set of them, or raises.
+
+    Raises:
+        UncoveredError: with ``uncovered="error"``.
+    """
+    covered = _covered(evaluation)
+    missed = tuple(_paths.format(path) for path, leaf, names in covered if isinstance(leaf, Tensor) and not names)
+    if not missed or missed in warned:
+        return
+    text = (
+        f"No term reaches the output {'leaf' if len(missed) == 1 else 'leaves'} {', '.join(map(repr, missed))}. "
+        'Add a term, or build the module with uncovered="ignore".'
+    )
+    if uncovered == "error":
+        raise UncoveredError(text)
+    warned.add(missed)
+    warnings.warn(text, UncoveredWarning, stacklevel=2)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One line of an explanation."""
+
+    tree: str
+    shape: str = ""
+    dtype: str = ""
+    terms: str = ""
+    mark: str = ""
+
+
+@final
+class Explanation(str):
+    """What `PathLossModule.explain` returns: a plain text that rich, where it is installed, prints in colours."""
+
+    __slots__ = ("_rows", "_tail")
+    _rows: tuple[_Row, ...]
+    _tail: tuple[str, ...]
+
+    def __new__(cls, rows: Sequence[_Row], tail: Sequence[str]) -> Explanation:
+        cells = [[row.tree, row.shape, row.dtype, row.terms, row.mark] for row in (_HEADER, *rows)]
+        explanation = super().__new__(cls, "\n".join([*columns(cells), *tail]))
+        explanation._rows = tuple(rows)
+        explanation._tail = tuple(tail)
+        return explanation
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, caption=Text("\n".join(self._tail)), caption_justify="left")
+        for heading in (_HEADER.tree, _HEADER.shape, _HEADER.dtype, _HEADER.terms, ""):
+            table.add_column(heading)
+        for row in self._rows:
+            mark = "red" if row.mark == _NO_TERM else "yellow"
+            cells = ((row.tree, ""), (row.shape, "cyan"), (row.dtype, "dim"), (row.terms, "green"), (row.mark, mark))
+            table.add_row(*(Text(text, style=style) for text, style in cells))
+        return table
+
+
+_HEADER = _Row("output", "shape", "dtype", "terms")
+_NO_TERM = "no term"
+
+
+def explain(evaluation: Evaluation, weights: Sequence[float]) -> Explanation:
+    """Returns the output's tree, line by line, and below it the terms with what they read."""
+    covered = _covered(evaluation)
+    rows: list[_Row] = []
+    _tree_rows([(path, leaf, names) for path, leaf, names in covered], 0, "", rows)
+    tail = ["", "terms", *columns([["  " + term.name, *_term_cells(evaluation, term, weight)]
+            for term, weight in zip(evaluation.plan.terms, weights, strict=True)])]  # fmt: skip
+    return Explanation(rows, tail)
+
+
+def _tree_rows(leaves: list[tuple[Path, Any, list[str]]], depth: int, indent: str, rows: list[_Row]) -> None:
+    groups: dict[Any, list[tuple[Path, Any, list[str]]]] = {}
+    for leaf in leaves:
+        if len(leaf[0]) == depth:  # the output is one leaf
+            rows.append(_leaf_row("(root)", leaf))
+            return
+        groups.setdefault(leaf[0][depth], []).append(leaf)
+    for number, (entry, group) in enumerate(groups.items(), 1):
+        last = number == len(groups)
+        text = f"{indent}{'└── ' if last else '├── '}{_entry_text(entry)}"
+        if len(group[0][0]) == depth + 1:
+            rows.append(_leaf_row(text, group[0]))
+        else:
+            rows.append(_Row(text))
+            _tree_rows(group, depth + 1, indent + ("    " if last else "│   "), rows)
+
+
+def _entry_text(entry: Any) -> str:
+    return str(entry) if isinstance(entry, int) else _paths.format((entry,))
+
+
+def _leaf_row(text: str, leaf: tuple[Path, Any, list[str]]) -> _Row:
+    _, node, names = leaf
+    if not isinstance(node, Tensor):
+        return _Row(text, "None" if node is None else type(node).__name__, "", ", ".join(names))
+    mark = _NO_TERM if not names else f"{len(names)} terms" if len(names) > 1 else ""
+    return _Row(text, _shape(node), _dtype(node), ", ".join(names), mark)
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _term_cells(evaluation: Evaluation, term: TermPlan, weight: float) -> list[str]:
+    module = evaluation.container.get_submodule(term.call.child)
+    cells = [callable_name(module), f"weight {weight:g}", term.sources]
+    try:
+        matches = evaluation.captures(term)
+        if not matches:
+            return [*cells, "absent: its pattern matches nothing"]
+        read = [_read(evaluation, term, captures) for captures in matches]
+    except PathLossError as error:
+        return [*cells, f"fails: {error}"]
+    return [*cells, read[0] if len(read) == 1 else f"{len(read)} matches, the first: {read[0]}"]
+
+
+def _read(evaluation: Evaluation, term: TermPlan, captures: tuple[Path, ...]) -> str:
+    shown = []
+    for read in term.reads:
+        path = _paths.fill(read.path, captures)
+        node = _tree.walk(evaluation.tree(read), path, TREES[read.tree])
+        if node is None:
+            return f"absent: the {TREES[read.tree]} has None at {_paths.format(path)!r}"
+        shown.append(_shape(node) if isinstance(node, Tensor) else type(node).__name__)
+    return " and ".join(shown)
+
+
+def columns(cells: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+
+
+def check(evaluation: Evaluation, uncovered: Uncovered) -> None:
+    """Runs every term by itself, and leaves buffers and random numbers as they were.
+
+    Raises:
+        CheckError: listing what failed.
+    """
+    problems: list[str] = []
+    with _unchanged(evaluation.container):
+        for term in evaluation.plan.terms:
+            try:
+                evaluation.value(term)
+            except PathLossError as error:
+                problems.append(f"Term {term.name!r}: {error}")
+            except Exception as error:
+                problems.append(f"Term {term.name!r}: its criterion raised {type(error).__name__}: {error}")
+    if uncovered == "error":
+        try:
+            report_uncovered(evaluation, uncovered, set())
+        except UncoveredError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckError(f"This output and target do not fit the criterion: {listed(problems)}")
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    devices = {buffer.device for buffer, _ in before if buffer.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(list(devices)):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
+
+
+def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises if a parameter of the module that requires grad is in no group of the optimizer.
+
+    Raises:
+        CheckError: naming the parameters.
+    """
+    optimized = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    missing = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in optimized]
+    if missing:
+        raise CheckError(
+            f"The criterion has parameters that {type(optimizer).__name__} does not train: "
+            f"{', '.join(map(repr, missing))}. Pass [*model.parameters(), *criterion.parameters()] to the optimizer."
+        )

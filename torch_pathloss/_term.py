@@ -1,0 +1,358 @@
+"""Terms and sources: what a criterion is called with, and how its result becomes a value."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_pathloss import _paths
+from torch_pathloss._errors import ConstructionError, listed
+from torch_pathloss._paths import Path
+
+Criterion: TypeAlias = Callable[..., Tensor]
+Reduction: TypeAlias = Literal["mean", "weighted_mean", "sum"]
+Match: TypeAlias = Literal["sum", "mean"]
+
+REDUCTIONS = ("mean", "weighted_mean", "sum")
+MATCHES = ("sum", "mean")
+
+
+class Source:
+    """Where an argument of a criterion comes from. One of `Output`, `Target`, `Input` and `Shared`."""
+
+
+class _Node(Source):
+    """A source that is a node of one tree."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = _paths.parse(path)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_paths.format(self.path)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Node) and type(other) is type(self) and other.path == self.path
+
+    def __hash__(self) -> int:
+        return hash((type(self), self.path))
+
+
+@final
+class Output(_Node):
+    """The node of the model's output at a path.
+
+    Args:
+        path: dotted text, such as ``"student.logits"``, or a tuple of entries. ``""`` is the whole output.
+
+    Raises:
+        PathSyntaxError: if the path cannot be parsed.
+
+    Examples:
+        >>> from torch_pathloss import Output
+        >>> Output("student.logits")
+        Output('student.logits')
+    """
+
+
+@final
+class Target(_Node):
+    """The node of the target at a path. As `Output` otherwise.
+
+    Examples:
+        >>> from torch_pathloss import Target
+        >>> Target(("boxes", 0))
+        Target('boxes[0]')
+    """
+
+
+@final
+class Input(_Node):
+    """The node at a path of what the call is given as ``input``: the model's input or the whole batch.
+
+    A node that is `None` is passed on as `None`; it does not make the term absent.
+
+    Examples:
+        >>> from torch_pathloss import Input
+        >>> Input("lengths")
+        Input('lengths')
+    """
+
+
+@final
+class Shared(Source):
+    """A computation that is done once a call, however many terms name it.
+
+    Two `Shared` with the same function and the same sources are one computation, as common-subexpression
+    elimination makes them in compiled code. If one of its sources is absent, so is every term that names it.
+
+    Args:
+        function: a callable or a module; a module is registered with the container.
+        *sources: its arguments: `Output`, `Target`, `Input` or `Shared`; any other value is a constant.
+
+    Raises:
+        ConstructionError: if ``function`` is not callable.
+
+    Examples:
+        >>> import torch
+        >>> from torch_pathloss import Output, Shared
+        >>> Shared(torch.sigmoid, Output("mask"))
+        Shared(sigmoid, Output('mask'))
+    """
+
+    def __init__(self, function: Callable[..., Any], *sources: Any) -> None:
+        if problem := not_a_criterion(function):
+            raise ConstructionError(f"Shared needs a function: {problem}")
+        self.function = function
+        self.sources = sources
+
+    def __repr__(self) -> str:
+        return f"Shared({', '.join([callable_name(self.function), *map(repr, self.sources)])})"
+
+
+@final
+class Term:
+    r"""One criterion, what it is called with, and how its result becomes a scalar *value*.
+
+    A plain criterion under a path is short for ``Term(criterion)``. With :math:`a_1, \dots, a_n` the arguments read
+    from the sources and :math:`r` the reduction, the value of the term is
+
+    .. math::
+        v = r(\mathrm{criterion}(a_1, \dots, a_n))
+
+    and for a pattern with matches :math:`1, \dots, M` it is :math:`\sum_m v_m`, or :math:`\frac1M \sum_m v_m` with
+    ``match="mean"``. It enters the total as :math:`w v`, where :math:`w` is the weight.
+
+    Args:
+        criterion: a module or any callable that returns a tensor.
+        *sources: the positional arguments: `Output`, `Target`, `Input`, `Shared`; any other value is a constant.
+            Default: ``Output(path), Target(path)`` for the path under which the term stands.
+            A constant tensor becomes a buffer that is not saved, a constant parameter a parameter of the container.
+        weight: the weight :math:`w`: a float or a 0-dim tensor. A source given here is the criterion's keyword
+            argument ``weight`` instead (class weights per batch). Default: 1.0.
+        reduction: ``None`` if the criterion returns a scalar. Else what makes a scalar of the unreduced result
+            :math:`\ell` with :math:`n` elements and of the sample weights :math:`s` (1 where none are given):
+            ``"mean"`` is :math:`\frac1n \sum_i s_i \ell_i` (as Keras does), ``"weighted_mean"`` is
+            :math:`\sum_i s_i \ell_i / \sum_i s_i`, and ``"sum"`` is :math:`\sum_i s_i \ell_i`. Default: ``None``.
+        match: ``"sum"`` or ``"mean"`` over the matches of a pattern. Default: ``"sum"``.
+        **keyword_sources: the keyword arguments, as ``sources``. A keyword that names the criterion's first or
+            second parameter takes the place of the default source for it.
+
+    Raises:
+        ConstructionError: if the criterion is not callable, the weight is not a finite number, or an option is
+            unknown.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from torch_pathloss import Input, Output, PathLossModule, Target, Term
+        >>> criterion = PathLossModule({"logits": Term(nn.CrossEntropyLoss(), target=Target("label"))})
+        >>> loss = criterion({"logits": torch.zeros(2, 4)}, {"label": torch.tensor([0, 3])})
+        >>> round(loss.item(), 4)  # ln 4
+        1.3863
+
+        >>> Term(nn.CTCLoss(), input_lengths=Input("lengths"), target_lengths=Input("text_lengths"))
+        Term(CTCLoss(), input_lengths=Input('lengths'), target_lengths=Input('text_lengths'))
+    """
+
+    def __init__(
+        self,
+        criterion: Criterion,
+        *sources: Any,
+        weight: Any = 1.0,
+        reduction: Reduction | None = None,
+        match: Match = "sum",
+        **keyword_sources: Any,
+    ) -> None:
+        if isinstance(weight, Source):
+            keyword_sources["weight"] = weight
+            weight = 1.0
+        problems = [
+            problem
+            for problem in (
+                not_a_criterion(criterion),
+                not_a_weight(weight),
+                _not_one_of("reduction", reduction, (None, *REDUCTIONS)),
+                _not_one_of("match", match, MATCHES),
+            )
+            if problem
+        ]
+        if problems:
+            raise ConstructionError(f"Term cannot be built: {listed(problems)}")
+        self.criterion = criterion
+        self.sources = sources
+        self.keyword_sources = keyword_sources
+        self.weight = weight
+        self.reduction = reduction
+        self.match = match
+
+    def __repr__(self) -> str:
+        shown = [callable_name(self.criterion), *map(repr, self.sources)]
+        shown += [f"{name}={source!r}" for name, source in self.keyword_sources.items()]
+        if not (isinstance(self.weight, numbers.Real) and self.weight == 1.0):
+            shown.append(f"weight={self.weight!r}")
+        if self.reduction is not None:
+            shown.append(f"reduction={self.reduction!r}")
+        if self.match != "sum":
+            shown.append(f"match={self.match!r}")
+        return f"Term({', '.join(shown)})"
+
+
+def _not_one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> str | None:
+    if value in allowed:
+        return None
+    return f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}."
+
+
+def not_a_criterion(value: Any) -> str | None:
+    """Returns what is wrong with a value that should be a criterion, or `None`."""
+    if isinstance(value, type):
+        return f"{value.__name__} is a class. Did you mean {value.__name__}()?"
+    if not callable(value):
+        return f"{value!r} of type {type(value).__name__} is not callable."
+    return None
+
+
+def not_a_weight(value: Any) -> str | None:
+    """Returns what is wrong with a value that should be a weight, or `None`."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0 or not (value.is_floating_point() or value.dtype in (torch.int32, torch.int64)):
+            return (
+                f"a weight must be a float or a 0-dim tensor, not a {value.dtype} tensor of shape {tuple(value.shape)}."
+            )
+        if value.requires_grad:
+            return "a weight that requires grad would not be trained, since its value is copied. Pass weight.detach()."
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return f"a weight must be a float or a 0-dim tensor, not {value!r} of type {type(value).__name__}."
+    if not math.isfinite(value):
+        return f"a weight must be finite, not {value!r}."
+    return None
+
+
+def callable_name(function: Callable[..., Any]) -> str:
+    """Returns a criterion as one line of text."""
+    if isinstance(function, nn.Module):
+        text = repr(function)
+        return text if "\n" not in text else f"{type(function).__name__}(...)"
+    return getattr(function, "__name__", None) or type(function).__name__
+
+
+class FunctionCriterion(nn.Module):
+    """A plain callable as a module, so that every criterion is a child of the container."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return callable_name(self.function)
+
+
+_ELEMENTWISE_MODULES = (
+    nn.MSELoss,
+    nn.L1Loss,
+    nn.SmoothL1Loss,
+    nn.HuberLoss,
+    nn.BCELoss,
+    nn.BCEWithLogitsLoss,
+    nn.KLDivLoss,
+    nn.PoissonNLLLoss,
+    nn.SoftMarginLoss,
+    nn.MultiLabelSoftMarginLoss,
+)
+_ELEMENTWISE_FORWARDS = frozenset(module.forward for module in _ELEMENTWISE_MODULES)
+_ELEMENTWISE_FUNCTIONS = frozenset(
+    (
+        F.mse_loss,
+        F.l1_loss,
+        F.smooth_l1_loss,
+        F.huber_loss,
+        F.binary_cross_entropy,
+        F.binary_cross_entropy_with_logits,
+        F.kl_div,
+        F.poisson_nll_loss,
+        F.soft_margin_loss,
+        F.multilabel_soft_margin_loss,
+    )
+)
+
+
+def is_elementwise(criterion: Criterion) -> bool:
+    """Whether a criterion is one of torch's that compares element by element, so that shapes must be equal."""
+    function = getattr(criterion, "func", criterion)  # a functools.partial
+    if isinstance(function, nn.Module):
+        return type(function).forward in _ELEMENTWISE_FORWARDS
+    try:
+        return function in _ELEMENTWISE_FUNCTIONS
+    except TypeError:  # unhashable
+        return False
+
+
+def signature(criterion: Criterion) -> inspect.Signature | None:
+    """Returns the signature of a criterion, or `None` where Python cannot tell."""
+    try:
+        return inspect.signature(criterion.forward if isinstance(criterion, nn.Module) else criterion)
+    except (TypeError, ValueError):
+        return None
+
+
+def with_defaults(term: Term, path: Path) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the positional and keyword sources of a term that stands under a path."""
+    if term.sources:
+        return term.sources, term.keyword_sources
+    keywords = dict(term.keyword_sources)
+    known = signature(term.criterion)
+    parameters = list(known.parameters.values()) if known else []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY, p.VAR_POSITIONAL)]
+    if parameters and not positional:
+        return (), keywords
+    named = [p for p in positional if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if named and named[0].name in keywords:
+        if len(named) > 1 and named[1].default is named[1].empty:
+            keywords.setdefault(named[1].name, Target(path))
+        return (), keywords
+    if len(named) > 1 and named[1].name in keywords:
+        return (Output(path),), keywords
+    return (Output(path), Target(path)), keywords
+
+
+def not_a_call(term: Term, positional: tuple[Any, ...], keywords: dict[str, Any]) -> str | None:
+    """Returns why a criterion cannot be called with these sources, or `None`."""
+    known = signature(term.criterion)
+    if known is None:
+        return None
+    try:
+        known.bind(*positional, **keywords)
+    except TypeError as error:
+        passed = [*map(repr, positional), *(f"{name}={source!r}" for name, source in keywords.items())]
+        return (
+            f"{callable_name(term.criterion)} takes {known} and cannot be called with ({', '.join(passed)}): {error}. "
+            "Give its arguments as sources, as in Term(criterion, Output('x'))."
+        )
+    return None
+
+
+def reduce(result: Tensor, reduction: Reduction, sample_weight: Tensor | None) -> Tensor:
+    """Makes a scalar of an unreduced result; see `Term` for the formulas. At least float32."""
+    dtype = torch.promote_types(result.dtype, torch.float32)
+    if sample_weight is None:
+        return result.sum(dtype=dtype) if reduction == "sum" else result.mean(dtype=dtype)
+    spread = sample_weight.reshape(sample_weight.shape + (1,) * (result.ndim - sample_weight.ndim))
+    weighted = result * spread
+    if reduction == "mean":
+        return weighted.mean(dtype=dtype)
+    total = weighted.sum(dtype=dtype)
+    if reduction == "sum":
+        return total
+    share = spread.expand(result.shape).sum(dtype=dtype)
+    return total / torch.where(share == 0, 1, share)
