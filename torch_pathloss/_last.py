@@ -18,7 +18,8 @@ class Last(nn.Module):
 
     They lie in one buffer that ``forward`` writes in place, so that they are right after a CUDA graph is replayed and
     cost no host synchronisation. It is not part of the `state_dict`. Reading gives copies that later steps do not
-    change. Before the first ``forward`` everything is NaN and no term is present.
+    change. Before the first ``forward`` everything is NaN and no term is present. Under `torch.func.vmap` nothing is
+    written.
 
     Examples:
         >>> import torch
@@ -93,6 +94,8 @@ class Last(nn.Module):
         if torch.compiler.is_compiling():
             record.copy_(torch.cat((values.view(-1), weights, seen, total.view(1))))
             return
+        if torch._C._are_functorch_transforms_active() and _is_batched(total):
+            return  # one record cannot hold the values of a whole vmap
         rows = self._rows
         if rows[0]._base is not record:
             rows = self._rows = self._split(record)
@@ -113,3 +116,12 @@ class Last(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Last:
         keep_float32(self, fn, super()._apply)
         return self
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False

@@ -241,6 +241,7 @@ def callable_name(function: Callable[..., Any]) -> str:
     if isinstance(function, nn.Module):
         text = repr(function)
         return text if "\n" not in text else f"{type(function).__name__}(...)"
+    function = getattr(function, "func", function)  # a functools.partial
     return getattr(function, "__name__", None) or type(function).__name__
 
 
