@@ -338,4 +338,4 @@ def _not_found(tree: Any, path: Path, depth: int, node: Any, name: str) -> str:
     everywhere = [_paths.format(leaf_path) for leaf_path, _ in leaves(tree)]
     last = _paths.format(path[-1:])
     moved = next((p for p in everywhere if p == last or p.endswith(f".{last}")), None)
-    return text + did_you_mean(moved or nearest(_paths.format(path), everywhere))
+    return text + did_you_mean(moved)
