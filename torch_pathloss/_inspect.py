@@ -70,7 +70,7 @@ def report_uncovered(evaluation: Evaluation, uncovered: Uncovered, warned: set[t
     if uncovered == "error":
         raise UncoveredError(text)
     warned.add(missed)
-    warnings.warn(text, UncoveredWarning, stacklevel=2)
+    warnings.warn(text, UncoveredWarning, stacklevel=5)  # the caller of the module: past forward and two of torch's
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def explain(evaluation: Evaluation, weights: Sequence[float]) -> Explanation:
     covered = _covered(evaluation)
     rows: list[_Row] = []
     _tree_rows([(path, leaf, names) for path, leaf, names in covered], 0, "", rows)
-    tail = ["", "terms", *columns([["  " + term.name, *_term_cells(evaluation, term, weight)]
+    tail = ["", "terms", *columns([["  " + shown_name(term.name), *_term_cells(evaluation, term, weight)]
             for term, weight in zip(evaluation.plan.terms, weights, strict=True)])]  # fmt: skip
     return Explanation(rows, tail)
 
@@ -151,9 +151,14 @@ def _entry_text(entry: Any) -> str:
 def _leaf_row(text: str, leaf: tuple[Path, Any, list[str]]) -> _Row:
     _, node, names = leaf
     if not isinstance(node, Tensor):
-        return _Row(text, "None" if node is None else type(node).__name__, "", ", ".join(names))
+        return _Row(text, "None" if node is None else type(node).__name__, "", ", ".join(map(shown_name, names)))
     mark = _NO_TERM if not names else f"{len(names)} terms" if len(names) > 1 else ""
-    return _Row(text, _shape(node), _dtype(node), ", ".join(names), mark)
+    return _Row(text, _shape(node), _dtype(node), ", ".join(map(shown_name, names)), mark)
+
+
+def shown_name(name: str) -> str:
+    """Returns a name that is visible: the root's is empty."""
+    return name or '""'
 
 
 def _shape(tensor: Tensor) -> str:

@@ -170,7 +170,12 @@ class PathLossModule(nn.Module):
     def __repr__(self) -> str:
         weights = self.weights.value.tolist()
         rows = [
-            [f"({term.name}):", callable_name(self.get_submodule(term.call.child)), f"weight {weight:g}", term.sources]
+            [
+                f"({_inspect.shown_name(term.name)}):",
+                callable_name(self.get_submodule(term.call.child)),
+                f"weight {weight:g}",
+                term.sources,
+            ]
             for term, weight in zip(self._plan.terms, weights, strict=True)
         ]
         lines = "".join(f"\n  {line}" for line in _inspect.columns(rows))
