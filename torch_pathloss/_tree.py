@@ -252,11 +252,8 @@ def _explain_no_match(tree: Any, path: Path, name: str) -> None:
 
 def leaves(tree: Any) -> list[tuple[Path, Any]]:
     """Returns every leaf with its path, in the tree's own order. `None` is a leaf here; an empty container is not."""
-    with optree.dict_insertion_ordered(True, namespace=_NAMESPACE):
-        accessors, nodes, _ = optree.tree_flatten_with_accessor(tree, none_is_leaf=True, namespace=_NAMESPACE)
     found: list[tuple[Path, Any]] = []
-    for accessor, node in zip(accessors, nodes, strict=True):
-        path = tuple(_accessor_entry(entry) for entry in accessor)
+    for path, node in _flatten(tree):
         # What optree keeps whole: a UserDict, a plain dataclass, a Hugging Face ModelOutput, a TensorDict.
         opened = children(node)
         if opened is None:
@@ -264,6 +261,14 @@ def leaves(tree: Any) -> list[tuple[Path, Any]]:
         for entry, child in opened or ():
             found.extend(((*path, entry, *rest), leaf) for rest, leaf in leaves(child))
     return found
+
+
+def _flatten(tree: Any) -> list[tuple[Path, Any]]:
+    if torch.compiler.is_compiling():  # optree's accessors and insertion order do not trace
+        return [((), tree)]
+    with optree.dict_insertion_ordered(True, namespace=_NAMESPACE):
+        accessors, nodes, _ = optree.tree_flatten_with_accessor(tree, none_is_leaf=True, namespace=_NAMESPACE)
+    return [(tuple(_accessor_entry(entry) for entry in a), node) for a, node in zip(accessors, nodes, strict=True)]
 
 
 def _accessor_entry(entry: optree.PyTreeEntry) -> Any:
