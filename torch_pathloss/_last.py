@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -83,23 +83,39 @@ class Last(nn.Module):
             shown[f"{prefix}weights/{name}"] = weight
         return shown
 
-    def write(self, values: Tensor, present: list[bool], weights: Tensor, total: Tensor) -> None:
-        """Overwrites the record. Values (``[K]``, 0-dim for one term) and weights ``[K]`` are detached."""
-        record, seen = self._buffers["record"], self._buffers["ones"]
+    def write(
+        self, values: Sequence[Tensor], stacked: Tensor, present: list[bool], weights: Tensor, total: Tensor
+    ) -> None:
+        """Overwrites the record.
+
+        Args:
+            values: the value of each term.
+            stacked: the same as one detached tensor: ``[K]``, 0-dim for one term.
+            present: whether each term is present.
+            weights: ``[K]``, detached.
+            total: 0-dim.
+        """
+        record = self._buffers["record"]
         assert record is not None
-        assert seen is not None
-        if not all(present):
-            seen = seen.new_tensor(present)
-        total = total.detach()
         if torch.compiler.is_compiling():
-            record.copy_(torch.cat((values.view(-1), weights, seen, total.view(1))))
+            _write_traced(record, values, present, weights, total)
             return
         if torch._C._are_functorch_transforms_active() and _is_batched(total):
             return  # one record cannot hold the values of a whole vmap
         rows = self._rows
         if rows[0]._base is not record:
             rows = self._rows = self._split(record)
-        torch._foreach_copy_(rows, (values, weights, seen, total))  # one kernel, and half the cost of torch.cat
+        seen: Tensor = self._buffers["ones"]  # type: ignore[assignment]
+        if not all(present):
+            seen = seen.clone()
+            for position, is_present in enumerate(present):
+                if not is_present:
+                    seen[position].fill_(
+                        0.0
+                    )  # a tensor made of the list would be copied to the device, and wait for it
+        torch._foreach_copy_(
+            rows, (stacked, weights, seen, total.detach())
+        )  # one kernel; torch.cat costs twice as much
 
     def _split(self, record: Tensor) -> tuple[Tensor, ...]:
         count = len(self._names)
@@ -116,6 +132,20 @@ class Last(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Last:
         keep_float32(self, fn, super()._apply)
         return self
+
+
+def _write_traced(
+    record: Tensor, values: Sequence[Tensor], present: list[bool], weights: Tensor, total: Tensor
+) -> None:
+    """Writes element by element, which Inductor fuses into one kernel. A concatenation would be three or four."""
+    count = len(values)
+    record[count : 2 * count] = weights
+    record[2 * count : 3 * count] = 1.0
+    for position, (value, is_present) in enumerate(zip(values, present, strict=True)):
+        record[position] = value.detach()
+        if not is_present:
+            record[2 * count + position] = 0.0
+    record[3 * count] = total.detach()
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -120,7 +120,7 @@ class PathLossModule(nn.Module):
             _inspect.report_uncovered(evaluation, self._uncovered, self._warned)
         values, present = evaluation.values()
         total, stacked = weighted_sum(values, weights)
-        modules["last"].write(stacked, present, weights, total)  # type: ignore[union-attr, operator]
+        modules["last"].write(values, stacked, present, weights, total)  # type: ignore[union-attr, operator]
         return total
 
     def terms(

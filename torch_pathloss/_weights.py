@@ -92,7 +92,7 @@ class Weights(nn.Module):
 def weighted_sum(values: list[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the sum of weight times value, and the values as one detached tensor ``[K]``, or 0-dim for one.
 
-    One product in eager mode. Compiled, the sum is a chain, which fuses with the criteria; a stack would not.
+    One product in eager mode. Compiled, the sum is a chain that fuses with the criteria; a stack in its way would not.
     """
     if len(values) == 1:
         return values[0] * weights.squeeze(), values[0].detach()
@@ -101,8 +101,9 @@ def weighted_sum(values: list[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]
         total = values[0] * weights[0]
         for position, value in enumerate(values[1:], 1):
             total = total + value * weights[position]
-        return total, stacked.detach()
-    if stacked.dtype != weights.dtype:
+    elif stacked.dtype == weights.dtype:
+        total = torch.dot(stacked, weights)
+    else:
         dtype = torch.promote_types(stacked.dtype, weights.dtype)
-        return torch.dot(stacked.to(dtype), weights.to(dtype)), stacked.detach()
-    return torch.dot(stacked, weights), stacked.detach()
+        total = torch.dot(stacked.to(dtype), weights.to(dtype))
+    return total, stacked.detach()
