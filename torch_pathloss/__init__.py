@@ -14,6 +14,7 @@ Examples:
 from torch_pathloss._errors import (
     ArgumentError,
     CheckError,
+    CompileError,
     ConstructionError,
     CriterionReturnError,
     PathLossError,
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArgumentError",
     "CheckError",
+    "CompileError",
     "ConstructionError",
     "CriterionReturnError",
     "Explanation",

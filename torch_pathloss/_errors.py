@@ -45,6 +45,10 @@ class CheckError(PathLossError, ValueError):
     """`PathLossModule.check` found problems. Lists all of them."""
 
 
+class CompileError(PathLossError, RuntimeError):
+    """A criterion cannot be traced into one graph."""
+
+
 class UncoveredError(PathLossError, ValueError):
     """An output leaf is reached by no term, and the module was built with ``uncovered="error"``."""
 

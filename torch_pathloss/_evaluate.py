@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import torch
@@ -39,17 +40,18 @@ class Evaluation:
         self.sample_weights = None if sample_weight is None else _by_term(sample_weight, plan)
         self.computed: dict[tuple[int, tuple[Path, ...]], Any] = {}
 
-    def values(self) -> tuple[list[Tensor], list[bool]]:
-        """Returns the value of each term, at least float32, and whether it is present.
+    def values(self, terms: Sequence[TermPlan] | None = None) -> tuple[list[Tensor], list[bool]]:
+        """Returns the value of each of the terms, at least float32, and whether it is present.
 
         The value of an absent term is a zero that keeps its output leaves in the autograd graph.
         An error names the term: the package's own in their message, others in a note.
         """
         values: list[Tensor] = []
         present: list[bool] = []
-        term = self.plan.terms[0]
+        terms = self.plan.terms if terms is None else terms
+        term = terms[0]
         try:
-            for term in self.plan.terms:
+            for term in terms:
                 value = self.value(term)
                 present.append(value is not None)
                 values.append(self.zero(term) if value is None else value)
@@ -187,15 +189,20 @@ class Evaluation:
 
     def zero_of_match(self, term: TermPlan, captures: tuple[Path, ...]) -> Tensor:
         zero = torch.zeros((), device=self.device)
-        for read in term.reads:
-            if read.tree != OUTPUT:
-                continue
-            node = _tree.walk(self.trees[OUTPUT], _paths.fill(read.path, captures), TREES[OUTPUT])
-            for leaf in _tree.tensors(node):
-                if leaf.requires_grad:
-                    # The sum of no element: a NaN or inf in the output does not reach it.
-                    zero = zero + leaf.reshape(-1)[:0].abs().sum(dtype=zero.dtype)
+        for leaf in self.output_leaves(term, captures):
+            if leaf.requires_grad:
+                # The sum of no element: a NaN or inf in the output does not reach it.
+                zero = zero + leaf.reshape(-1)[:0].abs().sum(dtype=zero.dtype)
         return zero
+
+    def output_leaves(self, term: TermPlan, captures: tuple[Path, ...]) -> list[Tensor]:
+        """Returns the tensors of the output that a match of a term reads."""
+        return [
+            leaf
+            for read in term.reads
+            if read.tree == OUTPUT
+            for leaf in _tree.tensors(_tree.walk(self.trees[OUTPUT], _paths.fill(read.path, captures), TREES[OUTPUT]))
+        ]
 
 
 def add(values: list[Tensor]) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
-from torch_pathloss import _inspect
+from torch_pathloss import _backward, _compile, _inspect, _tree
 from torch_pathloss._errors import CheckError, ConstructionError, PathLossError
 from torch_pathloss._evaluate import Evaluation
 from torch_pathloss._inspect import UNCOVERED, Explanation, Uncovered
@@ -37,6 +39,9 @@ class PathLossModule(nn.Module):
             ``losses``. Default: the weight of the `Term`, which is 1.0 by default.
         uncovered: what to do with tensors of the output that no term reaches: ``"ignore"``, ``"warn"`` (once for
             each set of them; not in compiled code) or ``"error"``. Default: ``"ignore"``.
+        grad_in_forward: whether a call computes the gradients at the outputs too, and its ``backward()`` only
+            multiplies them by the incoming gradient. See `backward` for the way without that product.
+            Default: ``False``.
 
     Shape:
         - output, target, input: any tree of mappings, sequences, namedtuples, dataclasses, attributes.
@@ -79,13 +84,23 @@ class PathLossModule(nn.Module):
     weights: Weights
     last: Last
 
-    def __init__(self, losses: Any, *, weights: Any = None, uncovered: Uncovered = "ignore") -> None:
+    _compiled_pass: Callable[..., tuple[Tensor, list[Tensor | None], list[Tensor | None]]] | None = None
+
+    def __init__(
+        self,
+        losses: Any,
+        *,
+        weights: Any = None,
+        uncovered: Uncovered = "ignore",
+        grad_in_forward: bool = False,
+    ) -> None:
         super().__init__()
         if uncovered not in UNCOVERED:
             raise ConstructionError(f"uncovered must be one of {', '.join(map(repr, UNCOVERED))}, not {uncovered!r}.")
         bound = bind(losses, weights)
         self._plan = bound.plan
         self._uncovered: Uncovered = uncovered
+        self._grad_in_forward = grad_in_forward
         self._warned: set[tuple[str, ...]] = set()
         for name, module in bound.modules.items():
             self.add_module(name, module)
@@ -113,14 +128,106 @@ class PathLossModule(nn.Module):
             ArgumentError: if shapes, devices or sample weights do not fit.
             UncoveredError: if a leaf is uncovered and the module was built with ``uncovered="error"``.
         """
+        if self._grad_in_forward and torch.is_grad_enabled():
+            return self._forward_with_gradients(output, target, input, sample_weight)
         modules = self._modules
         weights: Tensor = modules["weights"]._buffers["value"]  # type: ignore[assignment, union-attr]
         evaluation = Evaluation(self._plan, self, (output, target, input), sample_weight, weights.device)
-        if self._uncovered != "ignore" and not (self._uncovered == "warn" and torch.compiler.is_compiling()):
+        if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluation, self._uncovered, self._warned)
         values, present = evaluation.values()
         total, stacked = weighted_sum(values, weights)
         modules["last"].write(values, stacked, present, weights, total)  # type: ignore[union-attr, operator]
+        return total
+
+    def value_and_grad(
+        self, output: Any, target: Any = None, *, input: Any = None, sample_weight: Any = None
+    ) -> tuple[Tensor, Any]:
+        r"""Returns the total and its gradients :math:`\partial L / \partial o` at the leaves :math:`o` of the output.
+
+        Neither touches the model's graph, nor any ``.grad``. In eager mode the terms are differentiated in groups, each
+        group's graph freed before the next. Traced, it is one graph, with ``fullgraph=True`` too.
+
+        Returns:
+            The total, detached, and a tree like the output: a gradient at each floating-point leaf that a term depends
+            on, and `None` at all other leaves.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch_pathloss import PathLossModule
+            >>> criterion = PathLossModule({"a": nn.MSELoss()})
+            >>> criterion.value_and_grad({"a": torch.ones(2), "b": torch.ones(1)}, {"a": torch.zeros(2)})
+            (tensor(1.), {'a': tensor([1., 1.]), 'b': None})
+        """
+        if self._compiled_pass is not None and not torch.compiler.is_compiling():
+            total, gradients, _ = self._compiled_pass(output, target, input, sample_weight, None, every=True)
+        else:
+            _, leaves = _backward.leaves_of(output, every=True)
+            result = self._pass(output, target, input, sample_weight, leaves, [], None, every=True)
+            total, gradients = result.total, result.leaves
+        return total, _backward.mirrored(output, gradients)
+
+    def backward(
+        self,
+        output: Any,
+        target: Any = None,
+        *,
+        input: Any = None,
+        sample_weight: Any = None,
+        scale: float | Tensor | None = None,
+        consume: bool = False,
+    ) -> Tensor:
+        """Does what ``criterion(output, target).backward()`` does, in one pass, and returns the total, detached.
+
+        The gradients of all terms are computed at the output leaves with the total, merged, and go into the model as
+        one gradient a leaf. Parameters of the criterion get theirs. In eager mode the terms are differentiated in
+        groups, each group's graph freed before the next, so that the peak of memory is lower.
+
+        Args:
+            output: the model's output, still in its graph.
+            target: as in a call.
+            input: as in a call.
+            sample_weight: as in a call.
+            scale: what the gradients are multiplied by, a float or a 0-dim tensor on the outputs' device; the total
+                that is returned is not. With a `torch.amp.GradScaler`, ``scaler.scale(torch.ones((), device=...))``.
+            consume: lets go of each output leaf as soon as its gradient exists. Its place in the output's dicts, lists
+                and objects becomes `None`; leaves in tuples stay. For callers that need the output no more.
+
+        Raises:
+            The errors of a call.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch_pathloss import PathLossModule
+            >>> model, criterion = nn.Linear(2, 1), PathLossModule({"y": nn.MSELoss()})
+            >>> total = criterion.backward({"y": model(torch.ones(3, 2))}, {"y": torch.zeros(3, 1)})
+            >>> model.weight.grad.shape
+            torch.Size([1, 2])
+        """
+        paths, leaves = _backward.leaves_of(output, every=False)
+        parameters = self._trained_parameters()
+        if scale is not None and not isinstance(scale, Tensor):
+            scale = torch.full((), scale, device=self.weights.value.device)
+        tensors: list[Any] = [*leaves, *parameters]
+        if consume:
+            tensors[: len(leaves)] = [get_gradient_edge(leaf) for leaf in leaves]
+
+        def release(position: int) -> None:
+            leaves[position] = torch.empty(0)
+            _tree.put_at(output, paths[position], None)
+
+        if self._compiled_pass is not None:
+            total, gradients, own = self._compiled_pass(output, target, input, sample_weight, scale, every=False)
+            for position in range(len(leaves) if consume else 0):
+                release(position)
+        else:
+            result = self._pass(
+                output, target, input, sample_weight, leaves, parameters, scale, False, release if consume else None
+            )
+            total, gradients, own = result.total, result.leaves, result.parameters
+        _backward.into_model(tensors, [*gradients, *own])
         return total
 
     def terms(
@@ -164,8 +271,121 @@ class PathLossModule(nn.Module):
         """
         _inspect.check_optimizer(self, optimizer)
 
+    def output_gradients(
+        self, output: Any, target: Any = None, *, input: Any = None, sample_weight: Any = None
+    ) -> dict[str, Any]:
+        """Returns the gradients of each unweighted value at the leaves of the output, by name of the term.
+
+        For diagnosis: norms, cosines, terms that oppose each other, leaves that are counted twice. Neither touches the
+        model's graph, nor any ``.grad``. `last` is not written. The arguments and errors are those of a call.
+
+        Returns:
+            For each term a tree like the output: a gradient at each floating-point leaf that the term depends on, and
+            `None` at all other leaves.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch_pathloss import PathLossModule
+            >>> criterion = PathLossModule({"a": nn.MSELoss(), "b": nn.L1Loss()})
+            >>> ones, zeros = torch.ones(2), torch.zeros(2)
+            >>> criterion.output_gradients({"a": ones, "b": ones}, {"a": zeros, "b": zeros})["b"]
+            {'a': None, 'b': tensor([0.5000, 0.5000])}
+        """
+        _, leaves = _backward.leaves_of(output, every=True)
+
+        def evaluate(cut: Any) -> Evaluation:
+            return self._evaluation(cut, target, input, sample_weight)
+
+        gradients = _backward.of_each_term(evaluate, output, leaves)
+        return {name: _backward.mirrored(output, found) for name, found in zip(self.weights, gradients, strict=True)}
+
+    def compile(self, **kwargs: Any) -> None:
+        """Compiles the call, `value_and_grad` and `backward` in place, for many small independent losses.
+
+        On CUDA, Inductor's ``combo_kernels`` put the kernels of independent terms into one launch. A function that is
+        not traced into one graph is an error by default.
+
+        Args:
+            **kwargs: arguments of `torch.compile`, which take precedence. A ``mode`` is added to the options.
+
+        Raises:
+            CompileError: at the first call, if a criterion cannot be traced; it names the term.
+        """
+        options = _compile.arguments(kwargs)
+        super().compile(**options)
+
+        def evaluate(
+            output: Any, target: Any = None, input: Any = None, sample_weight: Any = None, *_: Any, **__: Any
+        ) -> Any:
+            return self._evaluation(output, target, input, sample_weight)
+
+        assert self._compiled_call_impl is not None
+        self._compiled_call_impl = _compile.naming_terms(self._compiled_call_impl, evaluate)
+        self._compiled_pass = _compile.naming_terms(torch.compile(self._traced_pass, **options), evaluate)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # without torch's own compiled call; a copy compiles anew
+        return {**state, "_compiled_pass": None}
+
     def _evaluation(self, output: Any, target: Any, input: Any, sample_weight: Any) -> Evaluation:
         return Evaluation(self._plan, self, (output, target, input), sample_weight, self.weights.value.device)
+
+    def _forward_with_gradients(self, output: Any, target: Any, input: Any, sample_weight: Any) -> Tensor:
+        _, leaves = _backward.leaves_of(output, every=False)
+        parameters = self._trained_parameters()
+
+        def compute() -> tuple[Tensor, list[Tensor | None]]:
+            result = self._pass(output, target, input, sample_weight, leaves, parameters, None, every=False)
+            return result.total, [*result.leaves, *result.parameters]
+
+        total: Tensor = _backward.GradientInForward.apply(compute, *leaves, *parameters)  # type: ignore[no-untyped-call]
+        return total
+
+    def _pass(
+        self,
+        output: Any,
+        target: Any,
+        input: Any,
+        sample_weight: Any,
+        leaves: list[Tensor],
+        parameters: list[Tensor],
+        scale: Tensor | None,
+        every: bool,
+        release: Callable[[int], None] | None = None,
+    ) -> _backward.Pass:
+        """Computes the total and its gradients, and records them in `last`."""
+        weights = self.weights.value
+
+        def evaluate(cut: Any) -> Evaluation:
+            return Evaluation(self._plan, self, (cut, target, input), sample_weight, weights.device)
+
+        if self._uncovered != "ignore":
+            _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
+        if not torch.compiler.is_compiling():
+            result = _backward.term_by_term(evaluate, output, leaves, parameters, weights, scale, every, release)
+        elif parameters or torch._dynamo.config.trace_autograd_ops:
+            result = _backward.at_once(evaluate, output, leaves, parameters, weights, scale, every)
+        else:
+            result = _backward.functional(evaluate, output, leaves, weights, every)
+        self.last.write(result.values, result.stacked, result.present, weights, result.total)
+        return result
+
+    def _traced_pass(
+        self, output: Any, target: Any, input: Any, sample_weight: Any, scale: Tensor | None, every: bool
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
+        """What `compile` compiles: `_pass` with plain arguments and results."""
+        _, leaves = _backward.leaves_of(output, every)
+        parameters = [] if every else self._trained_parameters()
+        result = self._pass(output, target, input, sample_weight, leaves, parameters, scale, every)
+        return result.total, result.leaves, result.parameters
+
+    def _trained_parameters(self) -> list[Tensor]:
+        found = [parameter for parameter in self._parameters.values() if parameter is not None]
+        for child in self._modules.values():
+            if child is not None and (child._parameters or child._modules):  # most criteria have neither
+                found.extend(child.parameters())
+        return list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
 
     def __repr__(self) -> str:
         weights = self.weights.value.tolist()

@@ -105,6 +105,8 @@ class Plan:
 
     terms: tuple[TermPlan, ...]
     shared: tuple[Call, ...]
+    boundaries: tuple[bool, ...]
+    """After each term, whether no shared computation is used on both sides."""
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,22 @@ class _Binder:
         if not terms and not self.problems:
             self.problems.append("There are no terms: every criterion is None or the mapping is empty.")
         plans = [self.term(name, term) for name, term in terms if term is not None]
-        plan = Plan(tuple(p for p in plans if p is not None), tuple(self.shared))
+        plan = self.plan(tuple(p for p in plans if p is not None))
         values = self.weights(weights, names, [1.0 if term is None else term.weight for _, term in terms])
         if self.problems:
             raise ConstructionError(f"PathLossModule cannot be built: {listed(self.problems)}")
         return Bound(plan, names, values, self.modules, self.tensors)
+
+    def plan(self, terms: tuple[TermPlan, ...]) -> Plan:
+        users: dict[int, list[int]] = {}
+        for position, term in enumerate(terms):
+            for index in _computed(term.call, self.shared):
+                users.setdefault(index, []).append(position)
+        boundaries = tuple(
+            not any(min(positions) <= position < max(positions) for positions in users.values())
+            for position in range(len(terms))
+        )
+        return Plan(terms, tuple(self.shared), boundaries)
 
     def terms(self, losses: Any) -> tuple[Names, list[tuple[Name, Term | None]]]:
         names = Names()
@@ -312,6 +325,12 @@ class _Binder:
             elif isinstance(argument, Computed):
                 found.extend(self.shared_reads[argument.index])
         return tuple(dict.fromkeys(found))
+
+
+def _computed(call: Call, shared: list[Call]) -> set[int]:
+    """Returns the shared computations that a call uses, directly or through others."""
+    direct = {argument.index for argument in call.arguments if isinstance(argument, Computed)}
+    return direct.union(*(_computed(shared[index], shared) for index in direct))
 
 
 def _shared_key(shared: Shared) -> Any:

@@ -6,10 +6,12 @@ flattening; flattening serves coverage, inspection and messages.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
 import optree
@@ -275,6 +277,60 @@ def _accessor_entry(entry: optree.PyTreeEntry) -> Any:
     if isinstance(entry, (optree.NamedTupleEntry, optree.StructSequenceEntry)):
         return entry.field
     return entry.entry
+
+
+def visit_leaves(function: Callable[[Path, Any], None], tree: Any, path: Path = ()) -> None:
+    """Calls a function with the path of every leaf and the leaf, which may be `None`. Traces under Dynamo."""
+    opened = None if isinstance(tree, Tensor) else children(tree)
+    if opened is None:
+        function(path, tree)
+        return
+    for entry, child in opened:
+        visit_leaves(function, child, (*path, entry))
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Returns a tree of the same kind with every leaf replaced; a leaf may be `None`. Traces under Dynamo."""
+    opened = None if isinstance(tree, Tensor) else children(tree)
+    if opened is None:
+        return function(tree)
+    return _rebuild(tree, [(entry, map_leaves(function, child)) for entry, child in opened])
+
+
+def _rebuild(node: Any, opened: list[tuple[Any, Any]]) -> Any:
+    """Returns a node of the same kind with other children."""
+    if type(node) in (dict, OrderedDict):
+        return type(node)(opened)
+    if type(node) in (list, tuple):
+        return type(node)(child for _, child in opened)
+    if isinstance(node, tuple):
+        values = [child for _, child in opened]
+        return node._make(values) if hasattr(node, "_make") else type(node)(values)
+    if isinstance(node, Mapping) and not all(isinstance(child, Tensor) for _, child in opened):
+        return dict(opened)  # a TensorDict holds tensors only
+    if _registered(node) is not None:
+        flattened = optree.tree_flatten_one_level(node)
+        return flattened[-1](flattened[1], [child for _, child in opened])
+    twin = copy.copy(node)
+    for entry, child in opened:
+        put(twin, entry, child)
+    return twin
+
+
+def put_at(tree: Any, path: Path, child: Any) -> bool:
+    """Sets the node at a located path in place. Returns whether its parent could be written."""
+    return bool(path) and put(find(tree, path[:-1]), path[-1], child)
+
+
+def put(node: Any, entry: Any, child: Any) -> bool:
+    """Sets a child in place. Returns whether the node could be written."""
+    if isinstance(node, (MutableMapping, MutableSequence)):
+        node[entry] = child
+    elif isinstance(node, (Mapping, Sequence)):
+        return False
+    else:
+        object.__setattr__(node, entry, child)  # a frozen dataclass too
+    return True
 
 
 def find(tree: Any, path: Path) -> Any:

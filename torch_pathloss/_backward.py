@@ -1,0 +1,259 @@
+"""Gradients at the outputs: computed with the total, merged, and handed to the model in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from torch_pathloss import _tree
+from torch_pathloss._errors import PathLossError
+from torch_pathloss._evaluate import Evaluation
+from torch_pathloss._paths import Path
+from torch_pathloss._plan import TermPlan
+from torch_pathloss._weights import weighted_sum
+
+_CHUNK = 2**20  # bytes of output leaves up to which terms are differentiated together: below, memory costs nothing
+
+Evaluate: TypeAlias = Callable[[Any], Evaluation]
+"""Makes an evaluation for an output that stands in for the model's."""
+
+
+def leaves_of(output: Any, every: bool) -> tuple[list[Path], list[Tensor]]:
+    """Returns the differentiable leaves of an output with their paths: all of them, or those that require grad.
+
+    A tensor that stands at two places of the tree is two leaves; their gradients meet in the model.
+    """
+    paths: list[Path] = []
+    leaves: list[Tensor] = []
+
+    def collect(path: Path, leaf: Any) -> None:
+        if _is_differentiable(leaf, every):
+            paths.append(path)
+            leaves.append(leaf)
+
+    _tree.visit_leaves(collect, output)
+    return paths, leaves
+
+
+def replaced(output: Any, leaves: Sequence[Any], every: bool, rest: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
+    """Returns a tree like the output with other differentiable leaves, and `rest` of all others."""
+    remaining = iter(leaves)
+    return _tree.map_leaves(
+        lambda leaf: next(remaining) if _is_differentiable(leaf, every) else rest(leaf),
+        output,
+    )
+
+
+def mirrored(output: Any, gradients: Sequence[Tensor | None]) -> Any:
+    """Returns the gradients at all differentiable leaves as a tree like the output, `None` at every other leaf."""
+    return replaced(output, gradients, every=True, rest=lambda leaf: None)
+
+
+def _is_differentiable(leaf: Any, every: bool) -> bool:
+    if not isinstance(leaf, Tensor) or not (leaf.is_floating_point() or leaf.is_complex()):
+        return False
+    return every or leaf.requires_grad
+
+
+class Pass(NamedTuple):
+    """What one pass over the terms gives, all of it detached."""
+
+    total: Tensor
+    values: list[Tensor]
+    stacked: Tensor
+    present: list[bool]
+    leaves: list[Tensor | None]
+    parameters: list[Tensor | None]
+
+
+def at_once(
+    evaluate: Evaluate,
+    output: Any,
+    leaves: list[Tensor],
+    parameters: list[Tensor],
+    weights: Tensor,
+    scale: Tensor | None,
+    every: bool,
+) -> Pass:
+    """Computes the total and differentiates it, as one graph where it is traced."""
+    copies = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        values, present = evaluate(replaced(output, copies, every)).values()
+        total, stacked = weighted_sum(values, weights)
+    gradients = _differentiate(total, [*copies, *parameters], scale)
+    values = [value.detach() for value in values]
+    return Pass(total.detach(), values, stacked, present, gradients[: len(copies)], gradients[len(copies) :])
+
+
+def functional(
+    evaluate: Evaluate,
+    output: Any,
+    leaves: list[Tensor],
+    weights: Tensor,
+    every: bool,
+) -> Pass:
+    """Computes the same without `torch.autograd.grad`, which Dynamo does not trace by default.
+
+    A leaf that is read but has no influence gets zeros where the other ways give `None`.
+    """
+    present: list[bool] = []
+
+    def total_of(copies: list[Tensor]) -> tuple[Tensor, tuple[list[Tensor], Tensor]]:
+        values, seen = evaluate(replaced(output, copies, every)).values()
+        present.extend(seen)
+        total, stacked = weighted_sum(values, weights)
+        return total, (values, stacked)
+
+    copies = [leaf.detach() for leaf in leaves]
+    gradients, (total, (values, stacked)) = torch.func.grad_and_value(total_of, has_aux=True)(copies)
+    return Pass(total, values, stacked, present, gradients, [])
+
+
+def term_by_term(
+    evaluate: Evaluate,
+    output: Any,
+    leaves: list[Any],
+    parameters: list[Tensor],
+    weights: Tensor,
+    scale: Tensor | None,
+    every: bool,
+    release: Callable[[int], None] | None = None,
+) -> Pass:
+    """Computes the same in groups of terms, and lets go of each group's graph before the next.
+
+    ``release`` is called with the position of each leaf once no later group reads it.
+    """
+    copies = [leaf.detach().requires_grad_() for leaf in leaves]
+    evaluation = evaluate(replaced(output, copies, every))
+    groups = list(_groups(evaluation, copies))
+    last = {position: number for number, group in enumerate(groups) for position in group.positions}
+    gradients = _Sum(len(copies) + len(parameters))
+    values: list[Tensor] = []
+    present: list[bool] = []
+    for number, group in enumerate(groups):
+        places = [*group.positions, *range(len(copies), len(copies) + len(parameters))]
+        inputs = [*(copies[position] for position in group.positions), *parameters]
+        group_values, group_present, found = _run(evaluation, group, inputs, weights, scale)
+        values.extend(group_values)
+        present.extend(group_present)
+        gradients.add(places, found)
+        del inputs, found
+        if release is not None:
+            for position in group.positions:
+                if last[position] == number:
+                    copies[position].data = torch.empty(0)  # nobody else holds a copy
+                    release(position)
+    total, stacked = weighted_sum(values, weights)
+    return Pass(total, values, stacked, present, gradients.sums[: len(copies)], gradients.sums[len(copies) :])
+
+
+def of_each_term(evaluate: Evaluate, output: Any, leaves: list[Tensor]) -> Iterator[list[Tensor | None]]:
+    """Yields the gradients of each unweighted value at the leaves."""
+    copies = [leaf.detach().requires_grad_() for leaf in leaves]
+    evaluation = evaluate(replaced(output, copies, every=True))
+    for term in evaluation.plan.terms:
+        with torch.enable_grad():
+            (value,), _ = evaluation.values([term])
+        evaluation.computed.clear()
+        yield _differentiate(value, copies, None)
+
+
+def _run(
+    evaluation: Evaluation, group: _Group, inputs: list[Tensor], weights: Tensor, scale: Tensor | None
+) -> tuple[list[Tensor], list[bool], list[Tensor | None]]:
+    with torch.enable_grad():
+        values, present = evaluation.values(group.terms)
+        total, _ = weighted_sum(values, weights[group.start : group.start + len(group.terms)])
+    evaluation.computed.clear()
+    return [value.detach() for value in values], present, _differentiate(total, inputs, scale)
+
+
+def _differentiate(total: Tensor, inputs: list[Tensor], scale: Tensor | None) -> list[Tensor | None]:
+    if not inputs or not total.requires_grad:
+        return [None] * len(inputs)
+    seed = None if scale is None else scale.to(total)
+    return list(torch.autograd.grad(total, inputs, seed, allow_unused=True))
+
+
+@final
+class _Sum:
+    """Sums of gradients, in place from the second on."""
+
+    def __init__(self, count: int) -> None:
+        self.sums: list[Tensor | None] = [None] * count
+        self._owned = [False] * count
+
+    def add(self, places: list[int], gradients: list[Tensor | None]) -> None:
+        for place, gradient in zip(places, gradients, strict=True):
+            sofar = self.sums[place]
+            if gradient is None:
+                continue
+            if sofar is None:
+                self.sums[place] = gradient
+            elif self._owned[place]:
+                sofar.add_(gradient)
+            else:  # autograd may have expanded the first, or given it to another leaf too
+                self.sums[place] = sofar + gradient
+                self._owned[place] = True
+
+
+class _Group(NamedTuple):
+    """Consecutive terms that are differentiated together, and the positions of the leaves that they read."""
+
+    start: int
+    terms: tuple[TermPlan, ...]
+    positions: tuple[int, ...]
+
+
+def _groups(evaluation: Evaluation, copies: list[Tensor]) -> Iterator[_Group]:
+    numbers = {id(copy): position for position, copy in enumerate(copies)}
+    plan = evaluation.plan
+    start = 0
+    positions: dict[int, None] = {}
+    for end, (term, is_boundary) in enumerate(zip(plan.terms, plan.boundaries, strict=True), 1):
+        for tensor in _read(evaluation, term):
+            if id(tensor) in numbers:
+                positions[numbers[id(tensor)]] = None
+        size = sum(copies[position].nbytes for position in positions)
+        if end == len(plan.terms) or (is_boundary and size >= _CHUNK):
+            yield _Group(start, plan.terms[start:end], tuple(positions))
+            start, positions = end, {}
+
+
+def _read(evaluation: Evaluation, term: TermPlan) -> list[Tensor]:
+    try:
+        return [leaf for captures in evaluation.captures(term) for leaf in evaluation.output_leaves(term, captures)]
+    except PathLossError:
+        evaluation.values([term])  # raises the same with the term's name
+        raise
+
+
+def into_model(tensors: Sequence[Tensor | GradientEdge], gradients: Sequence[Tensor | None]) -> None:
+    """Runs the model's backward from its outputs, and accumulates the criterion's own gradients on the way."""
+    pairs = [(tensor, gradient) for tensor, gradient in zip(tensors, gradients, strict=True) if gradient is not None]
+    if pairs:
+        roots: list[Any] = [root for root, _ in pairs]  # torch takes both kinds together, its types do not
+        torch.autograd.backward(roots, [gradient for _, gradient in pairs])
+
+
+@final
+class GradientInForward(torch.autograd.Function):
+    """A total whose gradients are known when it is: backward multiplies them by the incoming gradient, once."""
+
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[[], tuple[Tensor, list[Tensor | None]]], *inputs: Tensor) -> Tensor:
+        total, gradients = compute()
+        ctx.given = [gradient is not None for gradient in gradients]
+        ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        scaled = iter(torch._foreach_mul(saved, incoming[0]) if saved else ())
+        return (None, *(next(scaled) if given else None for given in ctx.given))

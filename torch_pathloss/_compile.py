@@ -1,0 +1,91 @@
+"""How the container compiles itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+from torch_pathloss._errors import CompileError, listed
+from torch_pathloss._evaluate import Evaluation
+
+T = TypeVar("T")
+
+# Ten small losses are ten small kernels, which Inductor can launch as one. Its gates are meant for kernels among which
+# fusion is a gamble: at most 8 nodes (torch 2.13), and a limit on peak memory that outputs of losses do not reach.
+# Set are only the options that this torch has: 2.11 has the first alone.
+_OPTIONS = {
+    "combo_kernels": True,
+    "combo_kernel_max_num_nodes": 64,
+    "combo_kernel_peak_memory_pct_threshold": None,
+}
+
+
+def arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of `torch.compile`: what was given, and our defaults where it leaves room."""
+    result: dict[str, Any] = {"fullgraph": True, **given}
+    if result.get("backend", "inductor") != "inductor":
+        return result
+    mode = result.pop("mode", None)  # torch takes a mode or options, but a mode is nothing but options
+    known = torch._inductor.list_options()
+    result["options"] = {
+        **{name: value for name, value in _OPTIONS.items() if name in known},
+        **({} if mode is None else torch._inductor.list_mode_options(mode)),
+        **(given.get("options") or {}),
+    }
+    return result
+
+
+@contextmanager
+def traced_autograd() -> Iterator[None]:
+    """Lets Dynamo trace `torch.autograd.grad`, which it refuses by default (torch 2.11 to 2.13)."""
+    config: Any = torch._dynamo.config
+    before = config.trace_autograd_ops
+    if before:  # reading is cheap, writing is not
+        yield
+        return
+    config.trace_autograd_ops = True
+    try:
+        yield
+    finally:
+        config.trace_autograd_ops = before
+
+
+def naming_terms(function: Callable[..., T], evaluate: Callable[..., Evaluation]) -> Callable[..., T]:
+    """Returns a compiled function whose failure to trace names the terms that cause it.
+
+    ``evaluate`` makes an evaluation of the same arguments.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> T:
+        try:
+            with traced_autograd():
+                return function(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException:
+            causes = _untraceable(evaluate(*args, **kwargs))
+            if not causes:
+                raise
+        raise CompileError(listed(causes))
+
+    return call
+
+
+def _untraceable(evaluation: Evaluation) -> list[str]:
+    causes = []
+    for term in evaluation.plan.terms:
+
+        def value(term: Any = term) -> Any:
+            return evaluation.value(term)
+
+        try:
+            torch.compile(value, backend="eager", fullgraph=True)()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            what, *rest = str(error).splitlines()
+            why = next((line.strip() for line in rest if line.strip().startswith("Explanation:")), "")
+            causes.append(
+                f"Term {term.name!r}: its criterion cannot be traced into one graph. {what}. {why} "
+                "Mend it, or do not compile the criterion; eager mode runs it."
+            )
+    return causes
