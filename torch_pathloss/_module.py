@@ -339,7 +339,10 @@ class PathLossModule(nn.Module):
             result = self._pass(output, target, input, sample_weight, leaves, parameters, None, every=False)
             return result.total, [*result.leaves, *result.parameters]
 
-        total: Tensor = _backward.GradientInForward.apply(compute, *leaves, *parameters)  # type: ignore[no-untyped-call]
+        inputs = [*leaves, *parameters]
+        if torch.compiler.is_compiling():  # Dynamo refuses one tensor twice (torch 2.13)
+            inputs = [tensor.view_as(tensor) for tensor in inputs]
+        total: Tensor = _backward.GradientInForward.apply(compute, *inputs)  # type: ignore[no-untyped-call]
         return total
 
     def _pass(
