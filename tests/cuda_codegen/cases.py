@@ -1,0 +1,176 @@
+"""Counts CUDA launches of the container and of the same losses by hand. Prints JSON; run in a process of its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import cuda_codegen  # isort: skip  (before torch)
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from torch_pathloss import Output, PathLossModule, Shared, Target, Term, _compile
+
+OWN = _compile.arguments({})["options"]
+TEN_MSE = {
+    "same small": [(64, 32)] * 10,
+    "different small": [(64, 8 * (i + 1)) for i in range(10)],
+    "same large": [(1024, 1024)] * 10,
+    "different large": [(1024, 128 * (i + 1)) for i in range(10)],
+}
+
+
+def count(function: Any, make: Any, *, backward: bool, own: bool = False) -> dict[str, Any]:
+    """Returns launches of each graph, and whether each is one CUDA graph."""
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        graphs = cuda_codegen.capture(function, make, backward=backward, options=OWN if own else {})
+    return {
+        "launches": [len(graph.launches) for graph in graphs],
+        "one CUDA graph": [graph.is_one_cuda_graph for graph in graphs],
+    }
+
+
+def randn(device: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, device=device, requires_grad=True)
+
+
+def ten_mse(shapes: list[tuple[int, ...]]) -> Any:
+    def make(device: str) -> Any:
+        criterion = PathLossModule([nn.MSELoss() for _ in shapes], weights=[0.1 * (i + 1) for i in range(len(shapes))])
+        output = [randn(device, *shape) for shape in shapes]
+        return criterion.to(device), output, [torch.randn(*shape, device=device) for shape in shapes]
+
+    return make
+
+
+def ten_mse_by_hand(_: Any, output: Any, target: Any) -> Tensor:
+    total: Any = 0.0
+    for i, (o, t) in enumerate(zip(output, target, strict=True)):
+        total = total + 0.1 * (i + 1) * F.mse_loss(o, t)
+    return total
+
+
+def dice(probability: Tensor, target: Tensor) -> Tensor:
+    return 1 - 2 * (probability * target).sum() / (probability.sum() + target.sum())
+
+
+def ten_mixed(device: str) -> Any:
+    """MSE, L1, smooth L1, two cross-entropies, BCE, cross-entropy of a segmentation, KL, Huber, cosine."""
+
+    def cosine(output: Tensor, target: Tensor) -> Tensor:
+        return (1 - F.cosine_similarity(output, target)).mean()
+
+    def kl(output: Tensor, target: Tensor) -> Tensor:
+        return F.kl_div(output.log_softmax(-1), target, reduction="batchmean")
+
+    criterion = PathLossModule(
+        {
+            "mse": nn.MSELoss(),
+            "l1": nn.L1Loss(),
+            "smooth": nn.SmoothL1Loss(),
+            "ce": nn.CrossEntropyLoss(),
+            "ce2": nn.CrossEntropyLoss(),
+            "bce": nn.BCEWithLogitsLoss(),
+            "seg": nn.CrossEntropyLoss(),
+            "kl": kl,
+            "huber": nn.HuberLoss(),
+            "cosine": cosine,
+        }
+    )
+    shapes = {
+        "mse": (64, 16),
+        "l1": (64, 8),
+        "smooth": (64, 4),
+        "ce": (64, 10),
+        "ce2": (64, 100),
+        "bce": (64, 20),
+        "seg": (8, 19, 32, 32),
+        "kl": (64, 32),
+        "huber": (64, 12),
+        "cosine": (64, 64),
+    }
+    output = {name: randn(device, *shape) for name, shape in shapes.items()}
+    target = {name: torch.rand(*shape, device=device) for name, shape in shapes.items()}
+    for name, classes in (("ce", 10), ("ce2", 100)):
+        target[name] = torch.randint(classes, (64,), device=device)
+    target["seg"] = torch.randint(19, (8, 32, 32), device=device)
+    return criterion.to(device), output, target
+
+
+def every_kind(device: str) -> Any:
+    """A subtree, labels, a shared computation, a pattern, a reduction with sample weights, a constant, an absent term."""
+    probability = Shared(torch.sigmoid, Output("mask"))
+    criterion = PathLossModule(
+        {
+            "box": nn.SmoothL1Loss(),
+            "head": lambda output, target: (output["a"] - target["a"]).abs().mean() + output["b"].mean(),
+            "mask:dice": Term(dice, probability, Target("mask")),
+            "mask:mse": Term(nn.MSELoss(), probability, Target("mask")),
+            "aux.*": Term(nn.MSELoss(), match="mean"),
+            "score": Term(nn.MSELoss(reduction="none"), reduction="weighted_mean"),
+            "scaled": Term(lambda x, factor: (x * factor).sum(), Output("score"), torch.ones(1)),
+            "off": nn.MSELoss(),
+        }
+    )
+    output = {
+        "box": randn(device, 64, 4),
+        "head": {"a": randn(device, 64, 4), "b": randn(device, 64)},
+        "mask": randn(device, 8, 16, 16),
+        "aux": [randn(device, 64, 4), randn(device, 64, 8)],
+        "score": randn(device, 64),
+        "off": randn(device, 3),
+    }
+    target = {
+        "box": torch.randn(64, 4, device=device),
+        "head": {"a": torch.randn(64, 4, device=device)},
+        "mask": torch.rand(8, 16, 16, device=device),
+        "aux": [torch.randn(64, 4, device=device), torch.randn(64, 8, device=device)],
+        "score": torch.randn(64, device=device),
+        "off": None,
+    }
+    return criterion.to(device), output, target, torch.rand(64, device=device)
+
+
+def call(criterion: Any, output: Any, target: Any) -> Tensor:
+    return criterion(output, target)
+
+
+def call_with_changed_weight(criterion: Any, output: Any, target: Any) -> Tensor:
+    criterion.weights.value[0].fill_(0.5)
+    return criterion(output, target)
+
+
+def value_and_grad(criterion: Any, output: Any, target: Any) -> Any:
+    return criterion.value_and_grad(output, target)
+
+
+def call_every_kind(criterion: Any, output: Any, target: Any, weight: Tensor) -> Tensor:
+    return criterion(output, target, sample_weight={"score": weight})
+
+
+def grad_every_kind(criterion: Any, output: Any, target: Any, weight: Tensor) -> Any:
+    return criterion.value_and_grad(output, target, sample_weight={"score": weight})
+
+
+def main() -> None:
+    found: dict[str, Any] = {}
+    for name, shapes in TEN_MSE.items():
+        make = ten_mse(shapes)
+        for own in (False, True):
+            options = "own" if own else "default"
+            found[f"by hand, {name}, {options}"] = count(ten_mse_by_hand, make, backward=True, own=own)
+            found[f"call, {name}, {options}"] = count(call, make, backward=True, own=own)
+            found[f"value_and_grad, {name}, {options}"] = count(value_and_grad, make, backward=False, own=own)
+    found["changed weight"] = count(call_with_changed_weight, ten_mse(TEN_MSE["same small"]), backward=True)
+    for own in (False, True):
+        options = "own" if own else "default"
+        found[f"value_and_grad, mixed, {options}"] = count(value_and_grad, ten_mixed, backward=False, own=own)
+        found[f"call, mixed, {options}"] = count(call, ten_mixed, backward=True, own=own)
+    found["call, every kind"] = count(call_every_kind, every_kind, backward=True)
+    found["value_and_grad, every kind"] = count(grad_every_kind, every_kind, backward=False)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
