@@ -99,7 +99,7 @@ def ten_mixed(device: str) -> Any:
 
 
 def every_kind(device: str) -> Any:
-    """A subtree, labels, a shared computation, a pattern, a reduction with sample weights, a constant, an absent term."""
+    """Subtree, labels, shared computation, pattern, reduction with sample weights, constant, absent term."""
     probability = Shared(torch.sigmoid, Output("mask"))
     criterion = PathLossModule(
         {

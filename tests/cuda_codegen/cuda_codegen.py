@@ -112,7 +112,7 @@ def _pretend() -> None:
     torch._C._set_only_lift_cpu_tensors(True)
     torch.version.cuda = "13.0"
 
-    from torch._dynamo.device_interface import CudaInterface as interface
+    from torch._dynamo.device_interface import CudaInterface
 
     for name, value in {
         "get_device_properties": _H200,
@@ -123,9 +123,9 @@ def _pretend() -> None:
         "is_bf16_supported": True,
         "get_raw_stream": 0,
     }.items():
-        setattr(interface, name, staticmethod(_constant(value)))
-    interface.Worker.current_device = staticmethod(_constant(0))
-    interface.Worker.get_device_properties = staticmethod(_constant(_H200))
+        setattr(CudaInterface, name, staticmethod(_constant(value)))
+    CudaInterface.Worker.current_device = staticmethod(_constant(0))
+    CudaInterface.Worker.get_device_properties = staticmethod(_constant(_H200))
 
     from torch._functorch import config as functorch_config
     from torch._inductor import config as inductor_config
@@ -144,7 +144,7 @@ def _pretend() -> None:
     from triton.backends.compiler import GPUTarget
 
     class Driver:
-        class utils:
+        class utils:  # noqa: N801  (Triton's name)
             get_device_properties = staticmethod(_constant({"max_shared_mem": 232448, "multiprocessor_count": 132}))
 
         get_current_target = _constant(GPUTarget("cuda", 90, 32))
@@ -246,31 +246,3 @@ def capture(function, make_arguments, *, options=None, backward=True, dynamic=Fa
         if backward:
             (result[0] if isinstance(result, (tuple, list)) else result).backward()
     return graphs
-
-
-if __name__ == "__main__":  # a check of the tool itself: ten MSE terms by hand
-    import torch.nn.functional as F
-
-    def make(device, shapes):
-        return (
-            [torch.randn(*s, device=device, requires_grad=True) for s in shapes],
-            [torch.randn(*s, device=device) for s in shapes],
-        )
-
-    def by_hand(output, target):
-        total = 0.0
-        for i, (o, t) in enumerate(zip(output, target)):
-            total = total + 0.1 * (i + 1) * F.mse_loss(o, t)
-        return total
-
-    combo = {"combo_kernels": True, "combo_kernel_peak_memory_pct_threshold": None, "combo_kernel_max_num_nodes": 64}
-    for name, shapes in {
-        "10 x (64,32)": [(64, 32)] * 10,
-        "10 large, different": [(1024, 128 * (i + 1)) for i in range(10)],
-    }.items():
-        for label, options in {"default": {}, "combo": combo}.items():
-            fwd, bwd = capture(by_hand, lambda device: make(device, shapes), options=options)
-            print(
-                f"{name:22s} {label:8s} forward {len(fwd.launches):2d} backward {len(bwd.launches):2d} "
-                f"one CUDA graph each: {fwd.is_one_cuda_graph and bwd.is_one_cuda_graph}"
-            )
