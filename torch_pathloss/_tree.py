@@ -325,7 +325,10 @@ def put_at(tree: Any, path: Path, child: Any) -> bool:
 def put(node: Any, entry: Any, child: Any) -> bool:
     """Sets a child in place. Returns whether the node could be written."""
     if isinstance(node, (MutableMapping, MutableSequence)):
-        node[entry] = child
+        try:
+            node[entry] = child
+        except Exception:  # a TensorDict refuses None, and others may refuse in their own way
+            return False
     elif isinstance(node, (Mapping, Sequence)):
         return False
     else:
