@@ -222,3 +222,13 @@ def test_the_root_term_is_shown_as_an_empty_text():
     assert repr(PathLossModule(nn.MSELoss())) == (
         "PathLossModule(\n  (\"\"):  MSELoss()  weight 1  Output(''), Target('')\n)"
     )
+
+
+def test_terms_stand_in_traces_when_asked_for():
+    module, (output, target) = criterion(), data()
+    for annotate in (False, True):
+        module.annotate = annotate
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            module(output, target)
+        found = [event.key for event in profile.key_averages() if event.key.startswith("pathloss/")]
+        assert sorted(found) == (sorted(f"pathloss/{name}" for name in module.weights) if annotate else [])

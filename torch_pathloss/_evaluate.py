@@ -49,10 +49,15 @@ class Evaluation:
         values: list[Tensor] = []
         present: list[bool] = []
         terms = self.plan.terms if terms is None else terms
+        annotate = self.container.annotate and not torch.compiler.is_compiling()
         term = terms[0]
         try:
             for term in terms:
-                value = self.value(term)
+                if annotate:
+                    with torch.profiler.record_function(f"pathloss/{term.name}"):
+                        value = self.value(term)
+                else:
+                    value = self.value(term)
                 present.append(value is not None)
                 values.append(self.zero(term) if value is None else value)
         except PathLossError as error:

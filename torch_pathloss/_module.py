@@ -54,6 +54,8 @@ class PathLossModule(nn.Module):
     Attributes:
         weights: the weights by name; ``criterion.weights["detection.bbox"] = 0.3`` writes in place. See `Weights`.
         last: values, weights and total of the latest call, detached. See `Last`.
+        annotate: whether each term stands in the traces of `torch.profiler` as ``pathloss/<name>``, in eager mode.
+            Default: ``False``.
 
     Examples:
         >>> import torch
@@ -83,6 +85,7 @@ class PathLossModule(nn.Module):
 
     weights: Weights
     last: Last
+    annotate: bool = False
 
     _compiled_pass: Callable[..., tuple[Tensor, list[Tensor | None], list[Tensor | None]]] | None = None
 
