@@ -19,7 +19,11 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.bench
-	$(BIN)/python bench/overhead.py
+	$(BIN)/python -m bench.overhead
+	$(BIN)/python -m bench.compiled
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.launches
+	$(BIN)/python -m bench.plots
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -2,7 +2,7 @@
 
 By hand is the same chain of ``total + weight * loss``, compiled with the same options.
 
-    python bench/compiled.py
+    python -m bench.compiled
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _timing import interleaved, save, table
 from torch import Tensor, nn
 
+from bench._timing import interleaved, save, table
 from torch_pathloss import PathLossModule
 
 STEPS = {"10 terms of 256x64": ([(256, 64)] * 10, 1.10), "4 terms of 4096x512": ([(4096, 512)] * 4, 1.03)}

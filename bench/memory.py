@@ -2,7 +2,7 @@
 
 Counted from the allocator's events, so that it is the same at every run. Outputs are made within the step.
 
-    python bench/memory.py
+    python -m bench.memory
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _timing import save, table
 from torch import Tensor, nn
 
+from bench._timing import save, table
 from torch_pathloss import PathLossModule
 
 Losses = dict[str, Callable[[Tensor, Tensor], Tensor]]

@@ -3,7 +3,7 @@
 MSE on 64x16, one per term. By hand is a chain of ``total + weight * loss`` over the same modules.
 Keras 3's CompileLoss on its torch backend stands beside them, where keras is installed.
 
-    python bench/overhead.py
+    python -m bench.overhead
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _timing import interleaved, save, table
 from torch import nn
 
+from bench._timing import interleaved, save, table
 from torch_pathloss import PathLossModule
 
 LIMITS = {1: 1.15, 10: 0.90, 100: 0.80}
