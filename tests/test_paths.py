@@ -1,5 +1,7 @@
 """Parsing, formatting and encoding paths."""
 
+import enum
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -93,6 +95,15 @@ def test_a_tuple_is_taken_as_it_is():
         ),
         ('["\\xzz"]', "Cannot parse the path '[\"\\\\xzz\"]': the quoted key \"\\xzz\" is not a string literal at "
          "position 0. Mend its escapes."),
+        (
+            r'["\d"]',
+            "Cannot parse the path '[\"\\\\d\"]': the quoted key \"\\d\" is not a string literal at position 0. "
+            "Mend its escapes.",
+        ),
+        (
+            "a.[0]",
+            "Cannot parse the path 'a.[0]': a dot stands before a bracket at position 2. Leave it out, as in 'a[0]'.",
+        ),
         (1, "A path must be a str or a tuple of str and int, not 1 of type int."),
         (
             ("a", 1.5),
@@ -179,3 +190,24 @@ def test_a_bare_number_is_alike_the_string_and_the_index_but_those_are_not():
 
 def test_captures_fill_wildcards_in_order():
     assert _paths.fill(("a", ONE, "b", MANY), (("x",), (0, "y"))) == ("a", "x", "b", 0, "y")
+
+
+def test_a_number_that_python_refuses_to_read_is_a_syntax_error():
+    for text in ("9" * 5000, f"[{'9' * 5000}]"):
+        with pytest.raises(PathSyntaxError, match=r"a number has 5000 digits at position"):
+            _paths.parse(text)
+
+
+class Head(str, enum.Enum):
+    BOX = "box"
+
+
+class Level(enum.IntEnum):
+    FIRST = 0
+
+
+def test_a_member_of_an_enum_is_the_key_that_it_is_equal_to():
+    path = _paths.parse((Head.BOX, Level.FIRST))
+    assert [type(entry) for entry in path] == [str, int]
+    assert _paths.format((Head.BOX, Level.FIRST)) == _paths.format(path) == "box[0]"
+    assert _paths.format((True,)) == "[True]"  # a key that a message shows, though no path reaches it

@@ -42,7 +42,10 @@ class Name(NamedTuple):
 
 
 _NUMBER = re.compile(r"-?[1-9][0-9]*|0")
+_DIGITS = 4000  # of a number; Python refuses to read or write more than 4300
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"|' r"'(?:[^'\\]|\\.)*'", re.DOTALL)
+_ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+_ESCAPES_OF_PYTHON = frozenset("\\'\"abfnrtvxuUN")
 _RESERVED = frozenset(".:[]\"'*")
 
 
@@ -94,6 +97,8 @@ class _Scanner:
 
     def bare(self) -> Entry:
         word = self.word()
+        if word == "" and self.rest.startswith("["):
+            raise self.fail("a dot stands before a bracket", "Leave it out, as in 'a[0]'.")
         if word == "":
             raise self.fail("an entry is empty", 'Write an empty key as [""].')
         if word in ("*", "**"):
@@ -109,7 +114,7 @@ class _Scanner:
                 f"Quote it: [{_quote(word)}].",
             )
         else:
-            entry = Number(int(word)) if _NUMBER.fullmatch(word) else word
+            entry = Number(self.integer(word)) if _NUMBER.fullmatch(word) else word
         self.at += len(word)
         return entry
 
@@ -118,7 +123,7 @@ class _Scanner:
             entry: Entry = self.unquote(quoted.group())
             end = quoted.end()
         elif number := _NUMBER.match(self.text, self.at + 1):
-            entry, end = int(number.group()), number.end()
+            entry, end = self.integer(number.group()), number.end()
         else:
             raise self.fail(
                 "a bracket holds neither a quoted key nor an integer", 'Write ["key"] for a key or [0] for an index.'
@@ -128,8 +133,16 @@ class _Scanner:
         self.at = end + 1
         return entry
 
+    def integer(self, digits: str) -> int:
+        if len(digits) > _DIGITS:
+            raise self.fail(f"a number has {len(digits)} digits", 'Write ["..."] around a key that is a string.')
+        return int(digits)
+
     def unquote(self, quoted: str) -> str:
         try:
+            # Python only warns of an escape that it does not know, and keeps the backslash.
+            if not set(_ESCAPED.findall(quoted)) <= _ESCAPES_OF_PYTHON:
+                raise ValueError
             return str(ast.literal_eval(quoted))
         except (SyntaxError, ValueError):
             raise self.fail(f"the quoted key {quoted} is not a string literal", "Mend its escapes.") from None
@@ -173,7 +186,14 @@ def parse_name(name: str | Path) -> Name:
                 f"Every entry of the tuple path {name!r} must be a str or an int; "
                 f"found {entry!r} of type {type(entry).__name__}."
             )
-    return Name(name)
+    return Name(tuple(_plain(entry) for entry in name))
+
+
+def _plain(entry: Any) -> Entry:
+    """Returns a member of a str or int Enum as the plain key that it is equal to."""
+    if isinstance(entry, str):
+        return str.__str__(entry)
+    return int(entry) if isinstance(entry, int) else entry
 
 
 def parse(path: str | Path) -> Path:
@@ -210,10 +230,14 @@ def format(path: Path, label: str | None = None) -> str:
     for entry in path:
         bare = _format_bare(entry)
         if bare is None:
-            text += f"[{_quote(entry) if isinstance(entry, str) else repr(entry)}]"
+            text += f"[{_quote(entry) if isinstance(entry, str) else _format_exact(entry)}]"
         else:
             text += f".{bare}" if text else bare
     return text if label is None else f"{text}:{label}"
+
+
+def _format_exact(entry: Any) -> str:
+    return repr(entry if isinstance(entry, bool) else _plain(entry))
 
 
 def _format_bare(entry: Entry) -> str | None:
@@ -222,7 +246,7 @@ def _format_bare(entry: Entry) -> str | None:
     if isinstance(entry, Number):
         return str(entry.value)
     if isinstance(entry, str) and _is_bare(entry) and not _NUMBER.fullmatch(entry):
-        return entry
+        return str.__str__(entry)
     return None
 
 
