@@ -1,6 +1,6 @@
 """One walk for every container."""
 
-from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections import OrderedDict, UserDict, UserString, defaultdict, deque, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
@@ -351,3 +351,37 @@ def test_a_criterion_works_on_every_container_in_every_way(make):
         torch.testing.assert_close((logits.grad, hidden.grad), by_hand)
     _, gradients = criterion.value_and_grad(make(logits=torch.full((3,), 2.0), hidden=torch.full((3,), 5.0)), target)
     torch.testing.assert_close(_tree.find(gradients, ("logits",)), by_hand[0])
+
+
+def test_a_number_is_no_key_of_a_tensor_dict_but_its_text_is():
+    tree = TensorDict({"0": torch.arange(3.0)}, batch_size=[])
+    assert torch.equal(walk(tree, "0"), torch.arange(3.0))
+    where = "The walk stopped at the root, a TensorDict with the keys '0'."
+    assert message(tree, "1") == f"the output has no '1'. {where}"
+    assert message(tree, "[0]").startswith(f"the output has no '[0]'. {where}")
+
+
+def test_two_double_stars_find_a_node_once():
+    assert expand({"b": X, "c": {"d": X}}, "**.**") == ["b", "c.d"]
+    assert expand({"b": {"b": {"x": X}}}, "**.b.**") == ["b.b.x"]
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, UserDict], ids=lambda kind: kind.__name__)
+def test_a_pattern_goes_through_keys_that_no_text_can_name(kind):
+    tree = kind({("a", "b"): X, None: X, 1.5: X, 3: X})
+    assert _tree.expand(tree, _paths.parse("*"), "output") == [((key,),) for key in tree]
+    assert all(_tree.walk(tree, (key,), "output") is X for key in tree)
+
+
+@pytest.mark.parametrize("entry", ["__class__", "__doc__", "__dict__"])
+def test_what_python_keeps_about_an_object_is_no_part_of_it(entry):
+    assert message(Plain(a=X), entry) == (
+        f"the output has no {entry!r}. The walk stopped at the root, a Plain with the attributes 'a'."
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["ab", b"ab", bytearray(b"ab"), memoryview(b"ab"), UserString("ab")], ids=lambda text: type(text).__name__
+)
+def test_text_is_a_leaf(text):
+    assert _tree.leaves({"a": text}) == [(("a",), text)]

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 import numbers
-from collections import OrderedDict
+from collections import OrderedDict, UserString
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch_pathloss._paths import Entry, Number, Path, Wildcard
 
 _NAMESPACE = "torch_pathloss"
 _SHOWN = 12  # entries of a node that a message lists
+_TEXT = (str, bytes, bytearray, memoryview, UserString)  # sequences whose elements are no nodes
 
 
 class _Found(NamedTuple):
@@ -81,12 +82,12 @@ def _step(node: Any, entry: Entry) -> _Found | None:
             return _Found(entry, node[fields.index(entry)]) if entry in fields else None
         index = _index(entry, len(node))
         return None if index is None else _Found(fields[index], node[index])
-    if isinstance(node, Sequence) and not isinstance(node, (str, bytes)):
+    if isinstance(node, Sequence) and not isinstance(node, _TEXT):
         index = _index(entry, len(node))
         return None if index is None else _Found(index, node[index])
     if _is_closed(node):
         return None
-    if isinstance(entry, str):
+    if isinstance(entry, str) and not entry.startswith("__"):
         attribute = getattr(node, entry, _Found)  # _Found stands for "nothing": it is nobody's attribute
         if attribute is not _Found and not inspect.isroutine(attribute):
             return _Found(entry, attribute)
@@ -97,18 +98,25 @@ def _step_mapping(node: Mapping[Any, Any], entry: Entry) -> _Found | None:
     keys = node.keys()  # a TensorDict answers `in` for its keys only
     if isinstance(entry, Number):
         text = str(entry.value)
-        if text in keys and entry.value in keys:
+        if text in keys and _is_key(entry.value, node):
             raise PathNotFoundError(
                 f"the entry {text} is ambiguous: the mapping has both the key {text!r} and the key {entry.value}. "
                 f'Write ["{text}"] for the string or [{text}] for the integer.'
             )
         entry = text if text in keys else entry.value
-    if entry in keys:
+    if _is_key(entry, node) if isinstance(entry, int) else entry in keys:
         return _Found(entry, node[entry])
     # A Hugging Face ModelOutput leaves the fields that are None out of its keys.
     if isinstance(entry, str) and dataclasses.is_dataclass(node) and getattr(node, entry, _Found) is None:
         return _Found(entry, None)
     return None
+
+
+def _is_key(number: Any, node: Mapping[Any, Any]) -> bool:
+    """Whether a mapping has an integer key. The keys of a TensorDict raise when they are asked for one."""
+    if isinstance(node, dict):
+        return number in node
+    return any(isinstance(key, int) and key == number for key in node.keys())  # noqa: SIM118
 
 
 def _step_registered(node: Any, entry: Entry) -> _Found | None:
@@ -167,7 +175,7 @@ def children(node: Any) -> tuple[_Found, ...] | None:
         return tuple(_Found(key, node[key]) for key in node.keys())  # noqa: SIM118  (a TensorDict iterates over rows)
     if isinstance(node, tuple) and (fields := _fields(node)):
         return tuple(_Found(field, child) for field, child in zip(fields, node, strict=False))
-    if isinstance(node, Sequence) and not isinstance(node, (str, bytes)):
+    if isinstance(node, Sequence) and not isinstance(node, _TEXT):
         return tuple(_Found(index, child) for index, child in enumerate(node))
     if _is_closed(node):
         return None
@@ -194,6 +202,11 @@ def expand(tree: Any, path: Path, name: str) -> list[tuple[Path, ...]]:
     first = next(i for i, entry in enumerate(path) if isinstance(entry, Wildcard))
     node = walk(tree, path[:first], name)
     found = list(_expand(node, path[first:]))
+    if path.count(Wildcard.MANY) > 1:  # two of them can share out one way down in several ways
+        once: dict[Path, tuple[Path, ...]] = {}
+        for captures in found:
+            once.setdefault(locate(tree, _paths.fill(path, captures), name), captures)
+        found = list(once.values())
     if not found and Wildcard.MANY not in path:
         _explain_no_match(tree, path, name)
     return found
@@ -371,13 +384,14 @@ def describe(node: Any) -> str:
         return f"a {type(node).__name__} of shape {tuple(node.shape)}"
     if node is None:
         return "None"
-    article = "an" if type(node).__name__[0].lower() in "aeiou" else "a"
+    article = "an" if type(node).__name__[0].lower() in "aeio" else "a"
     kind = f"{article} {type(node).__name__}"
     if isinstance(node, Mapping):
-        return f"{kind} with the keys {_some(node.keys())}" if len(node) else f"{kind} without keys"
+        keys = list(node.keys())  # the length of a TensorDict is its batch size
+        return f"{kind} with the keys {_some(keys)}" if keys else f"{kind} without keys"
     if isinstance(node, tuple) and (fields := _fields(node)):
         return f"{kind} with the fields {_some(fields)}"
-    if isinstance(node, Sequence) and not isinstance(node, (str, bytes)):
+    if isinstance(node, Sequence) and not isinstance(node, _TEXT):
         return f"{kind} of length {len(node)}"
     opened = children(node)
     return kind if opened is None else f"{kind} with the attributes {_some(entry for entry, _ in opened)}"
