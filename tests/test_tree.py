@@ -1,12 +1,15 @@
 """One walk for every container."""
 
+import types
 from collections import OrderedDict, UserDict, UserString, defaultdict, deque, namedtuple
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import optree
 import pytest
 import torch
+import torch.distributions as D
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import trees
@@ -14,7 +17,8 @@ from tensordict import TensorDict
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.utils import ModelOutput
 
-from torch_pathloss import PathLossModule, PathNotFoundError, _paths, _tree
+from torch_pathloss import Output as At
+from torch_pathloss import PathLossModule, PathNotFoundError, Term, _paths, _tree
 
 Pair = namedtuple("Pair", "left right")
 
@@ -385,3 +389,143 @@ def test_what_python_keeps_about_an_object_is_no_part_of_it(entry):
 )
 def test_text_is_a_leaf(text):
     assert _tree.leaves({"a": text}) == [(("a",), text)]
+
+
+class Private:
+    """An object whose tensor is reached through a property."""
+
+    def __init__(self, x):
+        self._x = x
+
+    @property
+    def x(self):
+        return self._x
+
+
+class ReadOnly(Mapping):
+    def __init__(self, **items):
+        self._items = items
+
+    def __getitem__(self, key):
+        return self._items[key]
+
+    def __iter__(self):
+        return iter(self._items)
+
+    def __len__(self):
+        return len(self._items)
+
+
+class Wrapper(ReadOnly, MutableMapping):
+    """A mapping whose shallow copy shares its storage."""
+
+    def __setitem__(self, key, value):
+        self._items[key] = value
+
+    def __delitem__(self, key):
+        del self._items[key]
+
+
+class ReadOnlySequence(Sequence):
+    def __init__(self, *items):
+        self._items = items
+
+    def __getitem__(self, index):
+        return self._items[index]
+
+    def __len__(self):
+        return len(self._items)
+
+
+class Attribute:
+    """Registered with optree under indices, and read by attribute."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+optree.register_pytree_node(
+    Attribute,
+    lambda node: ((node.x,), None),
+    lambda metadata, children: Attribute(*children),
+    namespace=optree.registry.__GLOBAL_NAMESPACE,
+)
+
+
+def negative_log_likelihood(distribution, value):
+    return -distribution.log_prob(value).sum()
+
+
+def square(x):
+    return x.square().sum()
+
+
+READ = [
+    ("object in an object", lambda x: Plain(a=Plain(b=x)), {"": Term(lambda o: square(o.a.b), At(""))}),
+    ("path into an object in an object", lambda x: Plain(a=Plain(b=x)), {"a.b": Term(square, At("a.b"))}),
+    ("deque in an object", lambda x: Plain(a=deque([x])), {"a.0": Term(square, At("a.0"))}),
+    ("slots", Slots, {"x": Term(square, At("x"))}),
+    ("property", Private, {"x": Term(square, At("x"))}),
+    ("read-only mapping", lambda x: ReadOnly(x=x), {"x": Term(square, At("x"))}),
+    ("mapping proxy", lambda x: types.MappingProxyType({"x": x}), {"x": Term(square, At("x"))}),
+    ("wrapping mapping", lambda x: Wrapper(x=x), {"x": Term(square, At("x"))}),
+    ("read-only sequence", lambda x: ReadOnlySequence(x), {"0": Term(square, At("0"))}),
+    ("registered, by attribute", Attribute, {"x": Term(square, At("x"))}),
+    ("registered, by index", Attribute, {"0": Term(square, At("0"))}),
+    ("torch.Size beside", lambda x: {"x": x, "size": x.shape}, {"x": Term(square, At("x"))}),
+    (
+        "ModelOutput as a subtree",
+        lambda x: SequenceClassifierOutput(logits=x * 1, hidden_states=(x * 2,)),
+        {"": Term(lambda o: square(o.logits) + square(o.hidden_states[0]), At(""))},
+    ),
+    (
+        "nested TensorDict as a subtree",
+        lambda x: TensorDict({"a": {"x": x * 1}}, batch_size=3),
+        {"": Term(lambda o: square(o["a", "x"]), At(""))},
+    ),
+    ("Normal", lambda x: D.Normal(x * 1, x.exp()), {"": negative_log_likelihood}),
+    ("Independent", lambda x: D.Independent(D.Normal(x * 1, x.exp()), 1), {"": negative_log_likelihood}),
+    (
+        "MultivariateNormal",
+        lambda x: D.MultivariateNormal(x * 1, scale_tril=torch.diag(x.exp())),
+        {"": negative_log_likelihood},
+    ),
+    (
+        "MixtureSameFamily",
+        lambda x: D.MixtureSameFamily(D.Categorical(logits=x * 1), D.Normal(x * 2, x.exp())),
+        {"": Term(negative_log_likelihood, At(""), torch.tensor(0.5))},
+    ),
+]
+
+
+@pytest.mark.parametrize("way", ["backward", "consume", "value_and_grad", "grad_in_forward"])
+@pytest.mark.parametrize(("make", "losses"), [case[1:] for case in READ], ids=[case[0] for case in READ])
+def test_every_way_to_gradients_finds_what_a_call_reads(make, losses, way):
+    start, target = torch.tensor([0.3, 0.2, 0.5]), torch.ones(3)
+    by_call = start.clone().requires_grad_()
+    PathLossModule(losses)(make(by_call), target).backward()
+    x = start.clone().requires_grad_()
+    output = make(x)
+    criterion = PathLossModule(losses, grad_in_forward=way == "grad_in_forward")
+    if way == "grad_in_forward":
+        criterion(output, target).backward()
+    elif way == "value_and_grad":
+        before = visited(output)
+        _, gradients = criterion.value_and_grad(output, target)
+        assert all(old is new for old, new in zip(before, visited(output), strict=True))
+        pairs = [p for p in zip(before, visited(gradients), strict=True) if isinstance(p[1], torch.Tensor)]
+        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+    else:
+        criterion.backward(output, target, consume=way == "consume")
+    torch.testing.assert_close(x.grad, by_call.grad)
+
+
+def visited(tree):
+    found = []
+    _tree.visit_leaves(lambda path, leaf: found.append(leaf), tree)
+    return found
+
+
+def test_a_registered_node_that_is_read_by_attribute_is_covered():
+    criterion = PathLossModule({"x": Term(square, At("x"))}, uncovered="error")
+    assert criterion(Attribute(torch.ones(3))).item() == 3

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import inspect
 import numbers
-from collections import OrderedDict, UserString
+from collections import OrderedDict, UserString, defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +25,8 @@ from torch_pathloss._paths import Entry, Number, Path, Wildcard
 _NAMESPACE = "torch_pathloss"
 _SHOWN = 12  # entries of a node that a message lists
 _TEXT = (str, bytes, bytearray, memoryview, UserString)  # sequences whose elements are no nodes
+_NO_STATE = ("__dict__", "__weakref__")  # slots that hold no attribute of their own
+_DEPTH = 8  # of plain objects within one another that are searched for tensors
 
 
 class _Found(NamedTuple):
@@ -69,9 +71,17 @@ def locate(tree: Any, path: Path, name: str) -> Path:
         found = _step(node, entry)
         if found is None:
             raise PathNotFoundError(_not_found(tree, path, depth, node, name))
-        located.append(found.entry)
+        located.append(_listed_entry(node, found))
         node = found.child
     return tuple(located)
+
+
+def _listed_entry(node: Any, found: _Found) -> Any:
+    """Returns the entry under which `leaves` lists a child: optree's, where the class is registered with it."""
+    if isinstance(node, (Mapping, Sequence)) or isinstance(found.entry, int):
+        return found.entry
+    same = (entry for entry, child in _registered(node) or () if child is found.child)
+    return next(same, found.entry)
 
 
 def _step(node: Any, entry: Entry) -> _Found | None:
@@ -183,10 +193,49 @@ def children(node: Any) -> tuple[_Found, ...] | None:
         return registered
     if dataclasses.is_dataclass(node):
         return tuple(_Found(field.name, getattr(node, field.name)) for field in dataclasses.fields(node))
-    attributes = {name: value for name, value in getattr(node, "__dict__", {}).items() if not name.startswith("_")}
-    if any(isinstance(value, (Tensor, Mapping, list, tuple)) for value in attributes.values()):
-        return tuple(_Found(name, value) for name, value in attributes.items())
-    return None
+    if not _holds_tensors(node, _DEPTH):
+        return None
+    public = tuple(found for found in _attributes(node) if not found.entry.startswith("_"))
+    return public or None
+
+
+def _parts(node: Any) -> tuple[_Found, ...] | None:
+    """Returns the children of a node and, of an object, the private attributes that its methods may read.
+
+    A gradient goes through `MultivariateNormal._unbroadcasted_scale_tril` as it does through its ``loc``.
+    """
+    opened = children(node)
+    if isinstance(node, (Mapping, Sequence)) or _is_closed(node) or _registered(node) is not None:
+        return opened
+    if opened is None and not _holds_tensors(node, _DEPTH):
+        return None
+    named = {found.entry for found in opened or ()}
+    return (*(opened or ()), *(found for found in _attributes(node) if found.entry not in named))
+
+
+def _attributes(node: Any) -> tuple[_Found, ...]:
+    """Returns what an object stores under its own names."""
+    slots = [slot for kind in type(node).__mro__ for slot in _as_tuple(kind.__dict__.get("__slots__", ()))]
+    stored = {slot: getattr(node, slot) for slot in slots if slot not in _NO_STATE and hasattr(node, slot)}
+    stored.update(getattr(node, "__dict__", {}))
+    return tuple(_Found(name, value) for name, value in stored.items())
+
+
+def _as_tuple(slots: Any) -> tuple[str, ...]:
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def _holds_tensors(node: Any, depth: int) -> bool:
+    """Whether a tensor stands in a plain object, at most so many objects and containers deep."""
+    if isinstance(node, Tensor):
+        return True
+    if depth == 0 or _is_closed(node) or inspect.isroutine(node) or isinstance(node, _TEXT):
+        return False
+    if isinstance(node, Mapping):
+        return any(_holds_tensors(node[key], depth - 1) for key in node.keys())  # noqa: SIM118
+    if isinstance(node, Sequence):
+        return any(_holds_tensors(child, depth - 1) for child in node)
+    return any(_holds_tensors(child, depth - 1) for _, child in _attributes(node))
 
 
 def expand(tree: Any, path: Path, name: str) -> list[tuple[Path, ...]]:
@@ -294,7 +343,7 @@ def _accessor_entry(entry: optree.PyTreeEntry) -> Any:
 
 def visit_leaves(function: Callable[[Path, Any], None], tree: Any, path: Path = ()) -> None:
     """Calls a function with the path of every leaf and the leaf, which may be `None`. Traces under Dynamo."""
-    opened = None if isinstance(tree, Tensor) else children(tree)
+    opened = None if isinstance(tree, Tensor) else _parts(tree)
     if opened is None:
         function(path, tree)
         return
@@ -304,7 +353,7 @@ def visit_leaves(function: Callable[[Path, Any], None], tree: Any, path: Path = 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """Returns a tree of the same kind with every leaf replaced; a leaf may be `None`. Traces under Dynamo."""
-    opened = None if isinstance(tree, Tensor) else children(tree)
+    opened = None if isinstance(tree, Tensor) else _parts(tree)
     if opened is None:
         return function(tree)
     return _rebuild(tree, [(entry, map_leaves(function, child)) for entry, child in opened])
@@ -314,20 +363,47 @@ def _rebuild(node: Any, opened: list[tuple[Any, Any]]) -> Any:
     """Returns a node of the same kind with other children."""
     if type(node) in (dict, OrderedDict):
         return type(node)(opened)
+    if type(node) is defaultdict:  # Dynamo does not trace its copy
+        return defaultdict(node.default_factory, opened)
     if type(node) in (list, tuple):
         return type(node)(child for _, child in opened)
+    values = [child for _, child in opened]
+    if isinstance(node, torch.Size):
+        return tuple(values)  # it holds integers only
     if isinstance(node, tuple):
-        values = [child for _, child in opened]
         return node._make(values) if hasattr(node, "_make") else type(node)(values)
-    if isinstance(node, Mapping) and not all(isinstance(child, Tensor) for _, child in opened):
-        return dict(opened)  # a TensorDict holds tensors only
+    if isinstance(node, (Mapping, Sequence)):
+        return _rebuild_container(node, opened)
     if _registered(node) is not None:
         flattened = optree.tree_flatten_one_level(node)
-        return flattened[-1](flattened[1], [child for _, child in opened])
+        return flattened[-1](flattened[1], values)
     twin = copy.copy(node)
     for entry, child in opened:
         put(twin, entry, child)
     return twin
+
+
+def _rebuild_container(node: Any, opened: list[tuple[Any, Any]]) -> Any:
+    """Returns a mapping or sequence of the same kind, or a dict or list where that kind cannot be written.
+
+    A read-only one would keep its old children, a wrapper whose copy shares its storage would change the original,
+    and a TensorDict holds no `None`.
+    """
+    if isinstance(node, (MutableMapping, MutableSequence)):
+        twin = copy.copy(node)
+        if not _shares_storage(node, twin) and all(put(twin, entry, child) for entry, child in opened):
+            return twin
+    return dict(opened) if isinstance(node, Mapping) else [child for _, child in opened]
+
+
+def _shares_storage(node: Any, twin: Any) -> bool:
+    if isinstance(node, (dict, list)):
+        return False
+    mine, other = getattr(node, "__dict__", {}), getattr(twin, "__dict__", {})
+    return any(
+        value is other.get(name) and isinstance(value, (MutableMapping, MutableSequence))
+        for name, value in mine.items()
+    )
 
 
 def put_at(tree: Any, path: Path, child: Any) -> bool:
@@ -342,10 +418,13 @@ def put(node: Any, entry: Any, child: Any) -> bool:
             node[entry] = child
         except Exception:  # a TensorDict refuses None, and others may refuse in their own way
             return False
-    elif isinstance(node, (Mapping, Sequence)):
+    elif isinstance(node, (Mapping, Sequence)) or not isinstance(entry, str):
         return False
     else:
-        object.__setattr__(node, entry, child)  # a frozen dataclass too
+        try:
+            object.__setattr__(node, entry, child)  # a frozen dataclass too
+        except AttributeError:  # the entry of a registered node need not be an attribute
+            return False
     return True
 
 
@@ -362,7 +441,7 @@ def find(tree: Any, path: Path) -> Any:
 
 def values(tree: Any) -> list[Any]:
     """Returns every leaf that is not `None`. Traces under Dynamo."""
-    opened = None if isinstance(tree, Tensor) else children(tree)
+    opened = None if isinstance(tree, Tensor) else _parts(tree)
     if opened is None:
         return [] if tree is None else [tree]
     return [value for _, child in opened for value in values(child)]
