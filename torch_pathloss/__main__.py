@@ -1,4 +1,4 @@
-"""``python -m torch_pathloss``: the demo."""
+"""``python -m torch_pathloss``: the demo; ``python -m torch_pathloss profile``: traces of its step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import importlib.util
 import pathlib
 import sys
 
-EXTRAS = {"sklearn": "demo", "rich": "demo", "matplotlib": "demo", "tensorboard": "demo", "lightning": "lightning"}
+DEMO = ("sklearn", "rich", "matplotlib", "tensorboard")
+EXTRAS = {**dict.fromkeys(DEMO, "demo"), "lightning": "lightning", "torch_tb_profiler": "profile"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,6 +16,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m torch_pathloss",
         description="Trains a small detector on real handwritten digits with one criterion, "
         "and writes curves, predictions, metrics and TensorBoard events.",
+        epilog="`python -m torch_pathloss profile` traces a step of it instead; see its --help.",
     )
     parser.add_argument("--epochs", type=_positive, default=16, help="default: 16")
     parser.add_argument("--seed", type=int, default=0, help="of data and weights; default: 0")
@@ -26,6 +28,18 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def profile_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m torch_pathloss profile",
+        description="Traces the demo's step by hand, eager, compiled and with criterion.backward, for TensorBoard, "
+        "and prints a table read from the traces.",
+    )
+    parser.add_argument("--steps", type=_positive, default=3, help="traced steps; default: 3")
+    parser.add_argument("--device", default="cpu", help="such as cpu or cuda; default: cpu")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/profile"), help="default: runs/profile")
+    return parser
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
@@ -33,9 +47,8 @@ def _positive(text: str) -> int:
     return number
 
 
-def missing_extra(engine: str) -> str | None:
+def missing_extras(needed: tuple[str, ...]) -> str | None:
     """Returns what to install, or `None` if everything is there."""
-    needed = [name for name, extra in EXTRAS.items() if extra == "demo" or engine == extra]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if not missing:
         return None
@@ -43,23 +56,33 @@ def missing_extra(engine: str) -> str | None:
     return f"{', '.join(missing)} not found. Run: pip install 'torch-pathloss[{','.join(extras)}]'"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    if problem := missing_extra(options.engine):
-        print(problem, file=sys.stderr)
-        return 1
+def unusable(device: str, out: pathlib.Path) -> str | None:
+    """Returns what is wrong with a device or a folder, or `None`."""
     import torch
 
     try:
-        torch.zeros(1, device=options.device)
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        print(f"The device {options.device!r} cannot be used: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 1
+        return f"The device {device!r} cannot be used: {str(error).splitlines()[0]}"
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        print(f"Cannot write to --out {options.out}: {error.strerror}", file=sys.stderr)
+        return f"Cannot write to --out {out}: {error.strerror}"
+    return None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    is_profile = arguments[:1] == ["profile"]
+    options = profile_parser().parse_args(arguments[1:]) if is_profile else parser().parse_args(arguments)
+    more = ("torch_tb_profiler",) if is_profile else ("lightning",) if options.engine == "lightning" else ()
+    if problem := missing_extras((*DEMO, *more)) or unusable(options.device, options.out):
+        print(problem, file=sys.stderr)
         return 1
+    if is_profile:
+        from torch_pathloss.demo._profile import run as run_profile
+
+        return run_profile(**vars(options))
     from torch_pathloss.demo._run import run
     from torch_pathloss.demo._train import Settings
 
