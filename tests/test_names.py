@@ -26,6 +26,12 @@ def test_the_string_and_the_integer_are_two_names():
     assert (found.index(("a", "0")), found.index(("a", 0))) == (0, 1)
 
 
+def test_a_bare_number_that_may_be_two_names_raises():
+    with pytest.raises(UnknownTermError) as caught:
+        names('a["0"]', "a[0]").index("a.0")
+    assert str(caught.value) == """The name 'a.0' may mean 'a["0"]' or 'a[0]'. Write one of them."""
+
+
 @pytest.mark.parametrize("name", ["detection.box", "b:x", ("b", "c")])
 def test_an_unknown_name_raises(name):
     with pytest.raises(UnknownTermError, match=r"^There is no term '.*'\. The terms are 'b', 'detection\.bbox'\."):

@@ -34,10 +34,12 @@ class Names:
 
     def find(self, name: Name) -> int | None:
         """Returns the position of the term with this name in any spelling, or `None`."""
-        for position in self._alike.get(_loosened(name), ()):
-            if _paths.same_node(self._names[position].path, name.path):
-                return position
-        return None
+        return next(iter(self._all(name)), None)
+
+    def _all(self, name: Name) -> list[int]:
+        """Returns more than one position only where a bare number may be the string or the integer."""
+        alike = self._alike.get(_loosened(name), ())
+        return [position for position in alike if _paths.same_node(self._names[position].path, name.path)]
 
     def index(self, name: str | Path) -> int:
         """Returns the position of a term.
@@ -52,10 +54,13 @@ class Names:
             parsed = _paths.parse_name(name)
         except PathSyntaxError as error:
             raise UnknownTermError(str(error)) from None
-        position = self.find(parsed)
-        if position is None:
+        positions = self._all(parsed)
+        if not positions:
             raise UnknownTermError(f"There is {self.unknown(parsed)}")
-        return position
+        if len(positions) > 1:
+            meant = " or ".join(repr(_paths.format(*self._names[position])) for position in positions)
+            raise UnknownTermError(f"The name {_paths.format(*parsed)!r} may mean {meant}. Write one of them.")
+        return positions[0]
 
     def unknown(self, name: Name) -> str:
         """Returns the end of the sentence about a name that no term has."""
