@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import Pair, trees
-from torch import Tensor
+from strategies import Pair, paths, trees
+from torch import Tensor, nn
 
-from torch_pathloss import PathLossModule, Term
+from torch_pathloss import ConstructionError, PathLossModule, Term, _paths
 
 # The reference: paths are lists of plain entries, "*" and "**" stand for others, and every function is a recursion.
 
@@ -206,3 +207,30 @@ def test_the_container_equals_a_naive_recursion(case, seed):
         for leaf, gradient in zip(inputs, wanted, strict=True):
             ours = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
             torch.testing.assert_close(ours, gradient, rtol=1e-12, atol=1e-12)
+
+
+def spellings(path: tuple[Any, ...]) -> list[Any]:
+    """Returns ways to give one path: canonical text, quoted text, tuple, and nested from any entry on."""
+    texts = [_paths.format((entry,)) for entry in path]
+    quoted = "".join(
+        f"[{text!r}]" if isinstance(entry, str) and text == entry else text if text[0] == "[" or not i else f".{text}"
+        for i, (entry, text) in enumerate(zip(path, texts, strict=True))
+    )
+    cuts = [(path[:cut], path[cut:]) for cut in range(1, len(path))]
+    return [
+        {_paths.format(path): nn.L1Loss()},
+        {quoted: nn.L1Loss()},
+        {path: nn.L1Loss()},
+        *({_paths.format(outer): {_paths.format(inner): nn.L1Loss()}} for outer, inner in cuts),
+        *({outer: {inner: nn.L1Loss()}} for outer, inner in cuts),
+    ]
+
+
+@given(paths.filter(bool), st.data())
+def test_a_path_given_twice_by_any_spelling_raises(path, data):
+    ways = spellings(path)
+    first, second = (data.draw(st.sampled_from(ways)) for _ in range(2))
+    # The outer "x" keeps both, though a dict holds a key once.
+    assert len(PathLossModule({"x": first}).weights) == 1
+    with pytest.raises(ConstructionError, match=r" is given twice"):
+        PathLossModule({"x": first, '["x"]': second})
