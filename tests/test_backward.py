@@ -308,7 +308,9 @@ def test_a_criterion_that_cannot_be_traced_is_named_and_still_works_in_eager_mod
         with pytest.raises(CompileError) as caught:
             way(output, target)
         text = str(caught.value)
-        assert text.startswith("Term 'b': its criterion cannot be traced into one graph. ")
+        assert text.startswith(
+            "The criterion cannot be compiled: Term 'b': its criterion cannot be traced into one graph. "
+        )
         assert text.endswith("Mend it, or do not compile the criterion; eager mode runs it.")
     loose = PathLossModule({"a": nn.MSELoss(), "b": Reads()})
     loose.compile(backend="eager", fullgraph=False)

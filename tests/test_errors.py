@@ -43,7 +43,7 @@ def test_the_warning_is_a_user_warning():
 
 
 def test_one_problem_is_a_sentence_and_more_are_numbered():
-    assert _errors.listed(["One."]) == "One."
+    assert _errors.listed(["One."]) == " One."
     assert _errors.listed(["One.", "Two."]) == "\n  1. One.\n  2. Two."
 
 

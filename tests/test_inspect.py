@@ -134,7 +134,7 @@ def test_check_tells_every_problem_in_one_message():
     with pytest.raises(CheckError) as caught:
         module.check(output, target)
     assert str(caught.value) == (
-        "This output and target do not fit the criterion: "
+        "This output and target do not fit the criterion:"
         "\n  1. Term 'label': its criterion raised IndexError: Target 3 is out of bounds."
         "\n  2. Term 'detection': its criterion raised KeyError: 'bbox'"
         "\n  3. Term 'detection.bbox': the output has no 'detection.bbox'. The walk stopped at 'detection', "

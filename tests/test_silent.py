@@ -9,8 +9,10 @@ from torch_pathloss import (
     ArgumentError,
     ConstructionError,
     CriterionReturnError,
+    Output,
     PathLossModule,
     PathNotFoundError,
+    Target,
     Term,
     UnknownTermError,
 )
@@ -219,7 +221,7 @@ def test_a_weight_that_requires_grad_raises_since_it_would_not_be_trained():
 def test_every_problem_of_the_construction_is_told_at_once():
     losses = {"a..b": nn.MSELoss(), "c": 3, "d": nn.MSELoss, "e": nn.MSELoss(), ("e",): nn.L1Loss()}
     assert message(ConstructionError, PathLossModule, losses, weights={"f": 1.0, "e": "x"}) == (
-        "PathLossModule cannot be built: "
+        "PathLossModule cannot be built:"
         "\n  1. Cannot parse the path 'a..b': an entry is empty at position 2. Write an empty key as [\"\"]."
         "\n  2. Term 'c': 3 of type int is not callable."
         "\n  3. Term 'd': MSELoss is a class. Did you mean MSELoss()?"
@@ -252,4 +254,25 @@ def test_a_criterion_on_another_device_than_the_outputs_raises():
     assert message(ArgumentError, criterion, tree, tree) == (
         "Term 'x': its value is on meta, but the weights are on cpu. "
         "Move the criterion to the outputs' device with criterion.to('meta')."
+    )
+
+
+def test_a_misspelt_target_is_noticed_while_the_output_is_absent():
+    criterion = PathLossModule({"a": Term(nn.MSELoss(), target=Target("typo"))})
+    assert message(PathNotFoundError, criterion, {"a": None}, {"type": torch.zeros(1)}) == (
+        "Term 'a': the target has no 'typo'. The walk stopped at the root, a dict with the keys 'type'. "
+        "Did you mean 'type'?"
+    )
+
+
+def test_a_source_inside_a_constant_is_refused():
+    assert message(ConstructionError, PathLossModule, {"a": Term(lambda a, b: a, Output("a"), [Output("b")])}) == (
+        "PathLossModule cannot be built: [Output('b')] is a constant, and the source in it would not be read. "
+        "Give sources one by one, or make the container with Shared(function, *sources)."
+    )
+
+
+def test_weights_that_are_no_mapping_are_refused():
+    assert message(ConstructionError, PathLossModule, {"a": nn.MSELoss()}, weights=2.0) == (
+        "PathLossModule cannot be built: weights= must be a mapping from names of terms to weights, not 2.0."
     )

@@ -18,6 +18,8 @@ from torch_pathloss import (
     Term,
 )
 
+STATE = ["weights.value", "weights._extra_state"]
+
 
 def randn(*shape, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, requires_grad=True)
@@ -236,7 +238,7 @@ def test_a_criterion_with_parameters_is_trained_and_one_with_buffers_is_saved():
     x, y, logits, label = randn(4), torch.randn(4), randn(2, 3), torch.tensor([0, 2])
     criterion({"box": x, "label": logits}, {"box": y, "label": label}).backward()
     torch.testing.assert_close(criterion.get_submodule("/box").scale.grad, (x - y).abs().mean().detach())
-    assert set(criterion.state_dict()) == {"/box.scale", "/label.weight", "weights.value"}
+    assert set(criterion.state_dict()) == {"/box.scale", "/label.weight", *STATE}
 
 
 def test_a_constant_tensor_moves_with_the_module_and_is_not_saved():
@@ -244,7 +246,7 @@ def test_a_constant_tensor_moves_with_the_module_and_is_not_saved():
     criterion = PathLossModule({"x": Term(nn.MSELoss(), Output("x"), anchors)})
     x = randn(2)
     assert_same(criterion({"x": x}), F.mse_loss(x, anchors), x)
-    assert list(criterion.state_dict()) == ["weights.value"]
+    assert list(criterion.state_dict()) == STATE
     x = randn(2, dtype=torch.float64)
     assert_same(criterion.double()({"x": x}), F.mse_loss(x, anchors.double()), x)
 
@@ -350,7 +352,7 @@ def test_sample_weights_that_fit_no_term_raise():
 def test_every_problem_of_a_term_is_told_at_once():
     text = message(ConstructionError, Term, 3, weight=float("nan"), reduction="none", match="max")
     assert text == (
-        "Term cannot be built: "
+        "Term cannot be built:"
         "\n  1. 3 of type int is not callable."
         "\n  2. a weight must be finite, not nan."
         "\n  3. reduction must be one of None, 'mean', 'weighted_mean', 'sum', not 'none'."
@@ -380,3 +382,12 @@ def test_reprs_can_be_read():
 def test_sources_are_equal_by_tree_and_path():
     assert Output("a.b") == Output(("a", "b"))
     assert len({Output("a"), Output("a"), Target("a"), Input("a")}) == 3
+
+
+def test_a_shared_computation_takes_keywords():
+    x = randn(2, 3)
+    softmax = Shared(torch.softmax, Output("x"), dim=1)
+    assert repr(softmax) == "Shared(softmax, Output('x'), dim=1)"
+    criterion = PathLossModule({"x": Term(nn.L1Loss(), softmax, torch.zeros(2, 3))})
+    assert_same(criterion({"x": x}), x.softmax(1).abs().mean(), x)
+    assert "<Tensor of shape (2, 3)>" in repr(criterion)

@@ -110,3 +110,30 @@ def test_log_copies_to_the_host_once():
 def test_a_name_that_no_term_has_raises(name):
     with pytest.raises(KeyError):
         criterion().weights[name]
+
+
+def test_a_checkpoint_gives_each_weight_to_its_term_whatever_the_order():
+    saved = PathLossModule({"mask": nn.MSELoss(), "box": nn.L1Loss()}, weights={"box": 5.0}).state_dict()
+    other = PathLossModule({"box": nn.L1Loss(), "mask": nn.MSELoss()})
+    other.load_state_dict(saved)
+    assert {name: weight.item() for name, weight in other.weights.items()} == {"box": 5.0, "mask": 1.0}
+
+
+def test_a_checkpoint_of_other_terms_is_refused_and_changes_nothing():
+    saved = PathLossModule({"mask": nn.MSELoss(), "box": nn.L1Loss()}, weights={"box": 5.0}).state_dict()
+    for losses in ({"box": nn.L1Loss(), "msk": nn.MSELoss()}, {"box": nn.L1Loss()}):
+        other = PathLossModule(losses)
+        with pytest.raises(RuntimeError, match=r"The weights were saved for other terms: the checkpoint lacks"):
+            other.load_state_dict(saved)
+        assert other.weights.value.tolist() == [1.0] * len(losses)
+
+
+def test_update_sets_several_weights_or_none():
+    module = criterion()
+    module.weights.update({"a.b": 2.0, ("d", 0): torch.tensor(3.0)})
+    assert [weight.item() for weight in module.weights.values()] == [2.0, 1.0, 3.0]
+    with pytest.raises(KeyError):
+        module.weights.update({"a.b": 9.0, "nowhere": 1.0})
+    with pytest.raises(ValueError, match="a weight must be finite"):
+        module.weights.update({"a.b": 9.0, "d.0": float("nan")})
+    assert [weight.item() for weight in module.weights.values()] == [2.0, 1.0, 3.0]

@@ -67,7 +67,7 @@ def naming_terms(function: Callable[..., T], evaluate: Callable[..., Evaluation]
             causes = _untraceable(evaluate(*args, **kwargs))
             if not causes:
                 raise
-        raise CompileError(listed(causes))
+        raise CompileError(f"The criterion cannot be compiled:{listed(causes)}")
 
     return call
 

@@ -68,7 +68,16 @@ def did_you_mean(word: str | None) -> str:
 
 
 def listed(problems: list[str]) -> str:
-    """Returns the problems as one text: a sentence for one, a numbered list for more."""
+    """Returns what follows a colon: a blank and the sentence for one problem, a numbered list for more."""
     if len(problems) == 1:
-        return problems[0]
+        return f" {problems[0]}"
     return "".join(f"\n  {number}. {problem}" for number, problem in enumerate(problems, 1))
+
+
+def _show_public_module() -> None:
+    """Lets tracebacks say where users import the classes from."""
+    for error in (*PathLossError.__subclasses__(), PathLossError, UncoveredWarning):
+        error.__module__ = "torch_pathloss"
+
+
+_show_public_module()

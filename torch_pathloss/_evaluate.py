@@ -147,13 +147,13 @@ class Evaluation:
             else:
                 value = self.argument(argument, captures)
             if value is _ABSENT:
-                return _ABSENT
+                return self.absent(call, captures)
             positional.append(value)
         keywords = {}
         for key, argument in call.keywords:
             value = self.argument(argument, captures)
             if value is _ABSENT:
-                return _ABSENT
+                return self.absent(call, captures)
             keywords[key] = value
         if call.is_elementwise:
             _check_shapes(positional, keywords)
@@ -172,6 +172,13 @@ class Evaluation:
         if type(argument) is Constant:
             return argument.value
         return getattr(self.container, argument.name)  # type: ignore[union-attr]
+
+    def absent(self, call: Call, captures: tuple[Path, ...]) -> Any:
+        """Returns the mark of an absent term. The other paths must exist all the same: one may be misspelt."""
+        for argument in () if captures else call.arguments:
+            if type(argument) is Read:
+                self.argument(argument, ())
+        return _ABSENT
 
     def missing(self, read: Read) -> Any:
         """Returns what stands for a node that is `None`: the mark of an absent term, or `None` itself of the input."""

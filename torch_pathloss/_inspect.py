@@ -221,7 +221,7 @@ def check(evaluation: Evaluation, uncovered: Uncovered) -> None:
         except UncoveredError as error:
             problems.append(str(error))
     if problems:
-        raise CheckError(f"This output and target do not fit the criterion: {listed(problems)}")
+        raise CheckError(f"This output and target do not fit the criterion:{listed(problems)}")
 
 
 @contextmanager

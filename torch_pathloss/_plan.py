@@ -22,6 +22,7 @@ from torch_pathloss._term import (
     Source,
     Target,
     Term,
+    arguments_text,
     callable_name,
     is_elementwise,
     not_a_call,
@@ -191,7 +192,7 @@ class _Binder:
         plan = self.plan(tuple(p for p in plans if p is not None))
         values = self.weights(weights, names, [1.0 if term is None else term.weight for _, term in terms])
         if self.problems:
-            raise ConstructionError(f"PathLossModule cannot be built: {listed(self.problems)}")
+            raise ConstructionError(f"PathLossModule cannot be built:{listed(self.problems)}")
         return Bound(plan, names, values, self.modules, self.tensors)
 
     def plan(self, terms: tuple[TermPlan, ...]) -> Plan:
@@ -229,6 +230,9 @@ class _Binder:
 
     def weights(self, weights: Any, names: Names, values: list[float | Tensor]) -> tuple[float | Tensor, ...]:
         given: set[int] = set()
+        if weights is not None and not _is_nested(weights) and names.find(Name(())) is None:
+            self.problems.append(f"weights= must be a mapping from names of terms to weights, not {weights!r}.")
+            return tuple(values)
         for name, value in flatten({} if weights is None else weights, self.problems):
             position = names.find(name)
             if position is None:
@@ -259,25 +263,19 @@ class _Binder:
             self.problems.append(f"Term {text!r} has no source, only constants. Name at least one Output('...').")
             return None
         self.modules[child] = self.module(term.criterion)
-        call = Call(
-            child,
-            tuple(self.argument(source, f"{child}~={i}") for i, source in enumerate(positional)),
-            tuple((key, self.argument(source, f"{child}~={key}")) for key, source in keywords.items()),
-            is_elementwise(term.criterion),
-        )
+        call = self.call(child, positional, keywords, is_elementwise(term.criterion))
         reads = self.reads(call)
         try:
             driver = _driver(reads)
         except PathLossError as error:
             self.problems.append(f"Term {text!r}: {error}")
             return None
-        shown = [*map(repr, positional), *(f"{key}={source!r}" for key, source in keywords.items())]
         return TermPlan(
             name=text,
             path=name.path,
             path_text=_paths.format(name.path),
             call=call,
-            sources=", ".join(shown),
+            sources=arguments_text(positional, keywords),
             reduction=term.reduction,
             match=term.match,
             reads=reads,
@@ -286,6 +284,16 @@ class _Binder:
 
     def module(self, function: Callable[..., Any]) -> nn.Module:
         return function if isinstance(function, nn.Module) else FunctionCriterion(function)
+
+    def call(
+        self, child: str, positional: tuple[Any, ...], keywords: dict[str, Any], is_elementwise: bool = False
+    ) -> Call:
+        return Call(
+            child,
+            tuple(self.argument(source, f"{child}~={i}") for i, source in enumerate(positional)),
+            tuple((key, self.argument(source, f"{child}~={key}")) for key, source in keywords.items()),
+            is_elementwise,
+        )
 
     def argument(self, source: Any, name: str) -> Argument:
         for tree, kind in enumerate((Output, Target, Input)):
@@ -300,6 +308,11 @@ class _Binder:
         if isinstance(source, nn.Module):
             self.modules[name] = source
             return Stored(name)
+        if _holds_source(source):
+            self.problems.append(
+                f"{source!r} is a constant, and the source in it would not be read. "
+                "Give sources one by one, or make the container with Shared(function, *sources)."
+            )
         return Constant(source)
 
     def share(self, shared: Shared) -> int:
@@ -309,8 +322,7 @@ class _Binder:
             child = f"~shared:{callable_name(shared.function).split('(')[0].translate({ord('.'): '_'})}"
             child = next(n for i in range(1_000_000) if (n := f"{child}:{i}" if i else child) not in self.modules)
             self.modules[child] = self.module(shared.function)
-            positional = tuple(self.argument(source, f"{child}~={i}") for i, source in enumerate(shared.sources))
-            call = Call(child, positional)
+            call = self.call(child, shared.sources, shared.keyword_sources)
             reads = self.reads(call)
             self.shared_positions[key] = len(self.shared)
             self.shared.append(call)
@@ -341,7 +353,14 @@ def _shared_key(shared: Shared) -> Any:
             return (type(source), source)
         return id(source)
 
-    return (id(shared.function), *map(key, shared.sources))
+    named = tuple((name, key(source)) for name, source in shared.keyword_sources.items())
+    return (id(shared.function), *map(key, shared.sources), named)
+
+
+def _holds_source(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, (list, tuple)) and any(isinstance(v, Source) or _holds_source(v) for v in value)
 
 
 def _driver(reads: tuple[Read, ...]) -> Read | None:

@@ -95,6 +95,7 @@ class Shared(Source):
     Args:
         function: a callable or a module; a module is registered with the container.
         *sources: its arguments: `Output`, `Target`, `Input` or `Shared`; any other value is a constant.
+        **keyword_sources: its keyword arguments, as ``sources``.
 
     Raises:
         ConstructionError: if ``function`` is not callable.
@@ -106,14 +107,15 @@ class Shared(Source):
         Shared(sigmoid, Output('mask'))
     """
 
-    def __init__(self, function: Callable[..., Any], *sources: Any) -> None:
+    def __init__(self, function: Callable[..., Any], *sources: Any, **keyword_sources: Any) -> None:
         if problem := not_a_criterion(function):
             raise ConstructionError(f"Shared needs a function: {problem}")
         self.function = function
         self.sources = sources
+        self.keyword_sources = keyword_sources
 
     def __repr__(self) -> str:
-        return f"Shared({', '.join([callable_name(self.function), *map(repr, self.sources)])})"
+        return f"Shared({callable_name(self.function)}, {arguments_text(self.sources, self.keyword_sources)})"
 
 
 @final
@@ -184,7 +186,7 @@ class Term:
             if problem
         ]
         if problems:
-            raise ConstructionError(f"Term cannot be built: {listed(problems)}")
+            raise ConstructionError(f"Term cannot be built:{listed(problems)}")
         self.criterion = criterion
         self.sources = sources
         self.keyword_sources = keyword_sources
@@ -193,8 +195,9 @@ class Term:
         self.match = match
 
     def __repr__(self) -> str:
-        shown = [callable_name(self.criterion), *map(repr, self.sources)]
-        shown += [f"{name}={source!r}" for name, source in self.keyword_sources.items()]
+        shown = [callable_name(self.criterion)]
+        if self.sources or self.keyword_sources:
+            shown.append(arguments_text(self.sources, self.keyword_sources))
         if not (isinstance(self.weight, numbers.Real) and self.weight == 1.0):
             shown.append(f"weight={self.weight!r}")
         if self.reduction is not None:
@@ -202,6 +205,17 @@ class Term:
         if self.match != "sum":
             shown.append(f"match={self.match!r}")
         return f"Term({', '.join(shown)})"
+
+
+def arguments_text(positional: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+    """Returns sources as they stand in a call, constant tensors by their shapes."""
+
+    def text(source: Any) -> str:
+        if isinstance(source, Tensor):
+            return f"<{type(source).__name__} of shape {tuple(source.shape)}>"
+        return repr(source)
+
+    return ", ".join([*map(text, positional), *(f"{name}={text(source)}" for name, source in keywords.items())])
 
 
 def _not_one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> str | None:
@@ -335,10 +349,12 @@ def not_a_call(term: Term, positional: tuple[Any, ...], keywords: dict[str, Any]
     try:
         known.bind(*positional, **keywords)
     except TypeError as error:
-        passed = [*map(repr, positional), *(f"{name}={source!r}" for name, source in keywords.items())]
+        remedy = "Give its arguments as sources, as in Term(criterion, Output('x'))."
+        if "unexpected keyword" in str(error):
+            remedy = "Mend or leave out that keyword; options of the Term are weight, reduction and match."
         return (
-            f"{callable_name(term.criterion)} takes {known} and cannot be called with ({', '.join(passed)}): {error}. "
-            "Give its arguments as sources, as in Term(criterion, Output('x'))."
+            f"{callable_name(term.criterion)} takes {known} and cannot be called with "
+            f"({arguments_text(positional, keywords)}): {error}. {remedy}"
         )
     return None
 

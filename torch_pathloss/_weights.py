@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
 import torch
@@ -30,7 +31,7 @@ def keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], apply: Calla
 
 @final
 class Weights(nn.Module):
-    """The weights of the terms, by name. Part of the `state_dict`, as one float32 buffer of shape ``[K]``.
+    """The weights of the terms, by name: one float32 buffer ``[K]`` of the `state_dict`, saved with its names.
 
     Writing is in place, so that a compiled criterion takes the new weight without compiling again.
 
@@ -49,6 +50,7 @@ class Weights(nn.Module):
         super().__init__()
         self._names = names
         self.register_buffer("value", torch.tensor([float(weight) for weight in weights], dtype=torch.float32))
+        self.register_load_state_dict_pre_hook(_match_names)  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str | Path) -> Tensor:
         """Returns the weight of a term as a 0-dim tensor that shares memory with the buffer."""
@@ -80,6 +82,26 @@ class Weights(nn.Module):
         """Returns names and weights, in declared order."""
         return list(zip(self._names, self.value.unbind(), strict=True))
 
+    def values(self) -> list[Tensor]:
+        """Returns the weights as 0-dim tensors that share memory with the buffer, in declared order."""
+        return list(self.value.unbind())
+
+    def update(self, weights: Mapping[str | Path, float | Tensor]) -> None:
+        """Sets several weights in place: all of them, or none if one name or weight is wrong."""
+        for name, weight in weights.items():
+            self._names.index(name)
+            if problem := not_a_weight(weight):
+                raise ArgumentError(f"The weight of {name!r} cannot be set: {problem}")
+        for name, weight in weights.items():
+            self[name] = weight
+
+    def get_extra_state(self) -> Tensor:
+        """Returns the names as a tensor of bytes, so that a checkpoint gives each weight to its term."""
+        return torch.tensor(list(json.dumps(list(self._names)).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Does nothing: the names were compared before anything was loaded."""
+
     def __repr__(self) -> str:
         shown = ", ".join(f"{name!r}: {weight:g}" for name, weight in zip(self, self.value.tolist(), strict=True))
         return f"Weights({{{shown}}})"
@@ -87,6 +109,25 @@ class Weights(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weights:
         keep_float32(self, fn, super()._apply)
         return self
+
+
+def _match_names(
+    module: Weights, state: dict[str, Any], prefix: str, _: Any, __: bool, ___: Any, ____: Any, errors: list[str]
+) -> None:
+    """Gives each weight of a checkpoint to the term of its name, whatever the order; refuses other names."""
+    saved, value = state.get(f"{prefix}_extra_state"), state.get(f"{prefix}value")
+    if saved is None or value is None:
+        return  # torch tells what is missing
+    theirs, ours = json.loads(bytes(saved.tolist()).decode()), list(module._names)
+    if sorted(theirs) == sorted(ours):
+        state[f"{prefix}value"] = value[[theirs.index(name) for name in ours]]
+        return
+    state[f"{prefix}value"] = module.value  # so that nothing is changed
+    missing, further = [n for n in ours if n not in theirs], [n for n in theirs if n not in ours]
+    errors.append(
+        f"The weights were saved for other terms: the checkpoint lacks {missing} and has {further} besides. "
+        f"Build the criterion with the terms {theirs}, or load without the keys that start with {prefix!r}."
+    )
 
 
 def weighted_sum(values: list[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
