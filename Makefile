@@ -37,7 +37,7 @@ $(VENV)/.demo: $(BIN)/python $(SETUP)
 	touch $@
 
 $(VENV)/.test: $(BIN)/python $(SETUP)
-	$(INSTALL) --editable '.[test,demo,lightning]'
+	$(INSTALL) --editable '.[test,demo,lightning,profile]'
 	touch $@
 
 $(VENV)/.bench: $(BIN)/python $(SETUP)

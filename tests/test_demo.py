@@ -3,9 +3,11 @@
 import json
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 import torch
@@ -168,3 +170,44 @@ def test_a_full_run_finds_and_reads_held_out_digits(tmp_path):
     metrics = assert_complete(tmp_path, epochs=16)
     assert metrics["accuracy"] >= 0.95
     assert metrics["mean_iou"] >= 0.6
+
+
+def fetched(address: str):
+    with urllib.request.urlopen(address, timeout=30) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.slow
+def test_profiles_open_in_tensorboard(tmp_path):
+    done = run("profile", "--steps", 1, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    variants = ["by hand", "eager", "compiled", "criterion.backward"]
+    assert [name for name in variants if name in done.stdout] == variants
+    counts = json.loads((tmp_path / "profile.json").read_text())
+    assert counts["compiled"]["operations"] < counts["by hand"]["operations"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    runs, end = [], time.monotonic() + 90
+    plugin = f"http://127.0.0.1:{port}/data/plugin/pytorch_profiler"
+    try:
+        while len(runs) < 4 and time.monotonic() < end:
+            time.sleep(1)
+            try:
+                runs = fetched(f"{plugin}/runs")["runs"]
+            except OSError:  # not up yet
+                continue
+        assert sorted(runs) == ["by_hand", "compiled", "criterion_backward", "eager"]
+        assert fetched(f"{plugin}/views?run=eager") == ["Overview", "Operator", "Trace"]
+        (worker,) = fetched(f"{plugin}/workers?run=eager&view=Operator")
+        (span,) = fetched(f"{plugin}/spans?run=eager&worker={worker}")
+        table = fetched(f"{plugin}/operation/table?run=eager&worker={worker}&span={span}&group_by=Operation")
+        assert any(row["name"] == "aten::smooth_l1_loss" for row in table["data"])
+    finally:
+        server.terminate()
+        server.wait(timeout=30)

@@ -32,7 +32,7 @@ def test_a_misspelt_weight_raises_when_it_is_given_and_when_it_is_set():
     losses = {"detection.bbox": nn.L1Loss(), "label": nn.CrossEntropyLoss()}
     rest = "no term 'detection.box'. The terms are 'detection.bbox', 'label'. Did you mean 'detection.bbox'?"
     assert message(ConstructionError, PathLossModule, losses, weights={"detection.box": 2.0}) == (
-        f"PathLossModule cannot be built: A weight is given for 'detection.box', but there is {rest}"
+        f"PathLossModule cannot be built: A weight is given for 'detection.box'. There is {rest}"
     )
     criterion = PathLossModule(losses)
     assert message(UnknownTermError, criterion.weights.__setitem__, "detection.box", 2.0) == f"There is {rest}"
@@ -226,7 +226,7 @@ def test_every_problem_of_the_construction_is_told_at_once():
         "\n  2. Term 'c': 3 of type int is not callable."
         "\n  3. Term 'd': MSELoss is a class. Did you mean MSELoss()?"
         "\n  4. Term 'e' is given twice. Give several criteria on one node labels, as in 'mask:dice' and 'mask:bce'."
-        "\n  5. A weight is given for 'f', but there is no term 'f'. The terms are 'c', 'd', 'e'."
+        "\n  5. A weight is given for 'f'. There is no term 'f'. The terms are 'c', 'd', 'e'."
         "\n  6. The weight of 'e': a weight must be a float or a 0-dim tensor, not 'x' of type str."
     )
 

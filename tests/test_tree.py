@@ -239,7 +239,7 @@ def test_two_stars_stand_for_any_number_and_end_at_leaves():
     assert expand(tree, "b.**") == ["b.0", "b.1.a"]
     assert expand(tree, "d.**.a") == ["d.b.a"]
     assert expand(tree, "a.**") == ["a"]
-    assert expand(tree, "**.zz") == []
+    assert expand(tree, "c.**.zz") == expand(tree, "**.c.*") == []
 
 
 @pytest.mark.parametrize("tree", [{"a": []}, {"a": {}}, {"a": None}, {"a": ()}], ids=repr)
@@ -252,6 +252,12 @@ def test_a_pattern_over_nothing_matches_nothing(tree):
     [
         ({"b": X}, "a.*", "the output has no 'a'."),
         ({"a": X}, "a.*", "the output has no 'a.*'. The walk stopped at 'a', a Tensor of shape (1,)."),
+        (
+            {"h": {"logits": X}},
+            "**.logtis",
+            "the output has no '**.logtis'. Nothing below the root, a dict with the keys 'h', is called 'logtis'. "
+            "Did you mean 'logits'?",
+        ),
         ({"a": [{"x": X}]}, "a.*.y", "the output has no 'a.0.y'. The walk stopped at 'a.0', a dict with the keys 'x'."),
     ],
 )

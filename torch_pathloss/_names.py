@@ -54,12 +54,16 @@ class Names:
             parsed = _paths.parse_name(name)
         except PathSyntaxError as error:
             raise UnknownTermError(str(error)) from None
-        positions = self._all(parsed)
+        return self.index_of(parsed)
+
+    def index_of(self, name: Name) -> int:
+        """Returns the position of a term by its parsed name. Raises as `index`."""
+        positions = self._all(name)
         if not positions:
-            raise UnknownTermError(f"There is {self.unknown(parsed)}")
+            raise UnknownTermError(f"There is {self.unknown(name)}")
         if len(positions) > 1:
             meant = " or ".join(repr(_paths.format(*self._names[position])) for position in positions)
-            raise UnknownTermError(f"The name {_paths.format(*parsed)!r} may mean {meant}. Write one of them.")
+            raise UnknownTermError(f"The name {_paths.format(*name)!r} may mean {meant}. Write one of them.")
         return positions[0]
 
     def unknown(self, name: Name) -> str:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from torch_pathloss import _paths
-from torch_pathloss._errors import ConstructionError, PathLossError, PathSyntaxError, listed
+from torch_pathloss._errors import ConstructionError, PathLossError, PathSyntaxError, UnknownTermError, listed
 from torch_pathloss._names import Names
 from torch_pathloss._paths import Name, Path
 from torch_pathloss._term import (
@@ -234,11 +234,10 @@ class _Binder:
             self.problems.append(f"weights= must be a mapping from names of terms to weights, not {weights!r}.")
             return tuple(values)
         for name, value in flatten({} if weights is None else weights, self.problems):
-            position = names.find(name)
-            if position is None:
-                self.problems.append(
-                    f"A weight is given for {_paths.format(*name)!r}, but there is {names.unknown(name)}"
-                )
+            try:
+                position = names.index_of(name)
+            except UnknownTermError as error:
+                self.problems.append(f"A weight is given for {_paths.format(*name)!r}. {error}")
                 continue
             text = list(names)[position]
             if position in given:

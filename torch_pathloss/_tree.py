@@ -246,7 +246,7 @@ def expand(tree: Any, path: Path, name: str) -> list[tuple[Path, ...]]:
 
     Raises:
         PathNotFoundError: if the entries before the first wildcard do not exist, if ``*`` stands at a leaf, or if
-            it stands at entries of which none has what follows.
+            what follows a wildcard stands at none of the entries that it stands for.
     """
     first = next(i for i, entry in enumerate(path) if isinstance(entry, Wildcard))
     node = walk(tree, path[:first], name)
@@ -258,6 +258,8 @@ def expand(tree: Any, path: Path, name: str) -> list[tuple[Path, ...]]:
         found = list(once.values())
     if not found and Wildcard.MANY not in path:
         _explain_no_match(tree, path, name)
+    elif not found and path[first] is Wildcard.MANY:
+        _explain_no_deep_match(node, path, first, name)
     return found
 
 
@@ -312,6 +314,20 @@ def _explain_no_match(tree: Any, path: Path, name: str) -> None:
                 at, node, _ = stepped[0]
                 raise PathNotFoundError(_not_found(tree, (*at, *path[depth:]), len(at), node, name))
             reached = [((*at, found.entry), found.child) for at, _, found in stepped if found is not None]
+
+
+def _explain_no_deep_match(node: Any, path: Path, many: int, name: str) -> None:
+    """Raises if what follows ``**`` stands nowhere below a node that holds something."""
+    end = next((i for i in range(many + 1, len(path)) if isinstance(path[i], Wildcard)), len(path))
+    if end == many + 1 or not values(node) or any(True for _ in _expand(node, path[many:end])):
+        return
+    where = repr(_paths.format(path[:many])) if many else "the root"
+    entries = dict.fromkeys(_paths.format((entry,)) for leaf_path, _ in leaves(node) for entry in leaf_path)
+    near = nearest(_paths.format(path[many + 1 : many + 2]), entries)
+    raise PathNotFoundError(
+        f"the {name} has no {_paths.format(path)!r}. Nothing below {where}, {describe(node)}, is called "
+        f"{_paths.format(path[many + 1 : end])!r}.{did_you_mean(near)}"
+    )
 
 
 def leaves(tree: Any) -> list[tuple[Path, Any]]:
