@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
-from typing import final
+from typing import Any, final
+
+import torch
+from torch import Tensor
 
 from torch_pathloss import _paths
 from torch_pathloss._errors import PathSyntaxError, UnknownTermError, did_you_mean, nearest
@@ -76,3 +80,14 @@ def _loosened(name: Name) -> Name:
     """Makes names equal that may be spellings of one: 0, "0" and the bare number 0 are alike here."""
     entries = (entry.value if isinstance(entry, _paths.Number) else entry for entry in name.path)
     return Name(tuple(str(entry) if isinstance(entry, int) else entry for entry in entries), name.label)
+
+
+def names_to_tensor(names: Iterable[str]) -> Tensor:
+    """Returns names as a tensor of bytes, which a `state_dict` can hold under ``weights_only=True``."""
+    return torch.tensor(list(json.dumps(list(names)).encode()), dtype=torch.uint8)
+
+
+def names_from_tensor(state: Tensor) -> list[Any]:
+    """Returns what `names_to_tensor` was given."""
+    names: list[Any] = json.loads(bytes(state.tolist()).decode())
+    return names

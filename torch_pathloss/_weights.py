@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, final
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_pathloss._errors import ArgumentError
-from torch_pathloss._names import Names
+from torch_pathloss._names import Names, names_from_tensor, names_to_tensor
 from torch_pathloss._paths import Path
 from torch_pathloss._term import not_a_weight
 
@@ -97,7 +96,7 @@ class Weights(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Returns the names as a tensor of bytes, so that a checkpoint gives each weight to its term."""
-        return torch.tensor(list(json.dumps(list(self._names)).encode()), dtype=torch.uint8)
+        return names_to_tensor(self._names)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: the names were compared before anything was loaded."""
@@ -118,7 +117,7 @@ def _match_names(
     saved, value = state.get(f"{prefix}_extra_state"), state.get(f"{prefix}value")
     if saved is None or value is None:
         return  # torch tells what is missing
-    theirs, ours = json.loads(bytes(saved.tolist()).decode()), list(module._names)
+    theirs, ours = names_from_tensor(saved), list(module._names)
     if sorted(theirs) == sorted(ours):
         state[f"{prefix}value"] = value[[theirs.index(name) for name in ours]]
         return

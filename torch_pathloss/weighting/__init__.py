@@ -1,0 +1,19 @@
+"""Weightings: rules from the values of the terms to a total.
+
+Examples:
+    >>> import torch
+    >>> from torch import nn
+    >>> from torch_pathloss import PathLossModule
+    >>> from torch_pathloss.weighting import WeightedSum
+    >>> criterion = PathLossModule(
+    ...     {"a": nn.L1Loss(), "b": nn.L1Loss()}, weighting=WeightedSum(weighted_mean=True)
+    ... )
+    >>> output, target = {"a": torch.ones(2), "b": torch.ones(2)}, {"a": torch.zeros(2), "b": torch.zeros(2)}
+    >>> criterion(output, target)
+    tensor(1.)
+"""
+
+from torch_pathloss.weighting._base import Factors, Weighted, Weighting
+from torch_pathloss.weighting._weighted_sum import WeightedSum
+
+__all__ = ["Factors", "Weighted", "WeightedSum", "Weighting"]
