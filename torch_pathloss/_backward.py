@@ -151,15 +151,27 @@ def term_by_term(
     return Pass(total, values, stacked, present, gradients.sums[: len(copies)], gradients.sums[len(copies) :])
 
 
-def of_each_term(evaluate: Evaluate, output: Any, leaves: list[Tensor]) -> Iterator[list[Tensor | None]]:
-    """Yields the gradients of each unweighted value at the leaves."""
+class OfTerm(NamedTuple):
+    """What differentiating one term gives, all of it detached."""
+
+    value: Tensor
+    present: Any
+    leaves: list[Tensor | None]
+    parameters: list[Tensor | None]
+
+
+def of_each_term(
+    evaluate: Evaluate, output: Any, leaves: list[Tensor], parameters: Sequence[Tensor] = (), every: bool = True
+) -> Iterator[OfTerm]:
+    """Yields the gradients of each unweighted value at the leaves, and of the criterion's parameters."""
     copies = [leaf.detach().requires_grad_() for leaf in leaves]
-    evaluation = evaluate(replaced(output, copies, every=True))
+    evaluation = evaluate(replaced(output, copies, every))
     for term in evaluation.plan.terms:
         with torch.enable_grad():
-            (value,), _ = evaluation.values([term])
+            (value,), (present,) = evaluation.values([term])
         evaluation.computed.clear()
-        yield _differentiate(value, copies, None)
+        found = _differentiate(value, [*copies, *parameters], None)
+        yield OfTerm(value.detach(), present, found[: len(copies)], found[len(copies) :])
 
 
 def _run(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from torch_pathloss import _backward, _compile, _inspect, _tree
+from torch_pathloss import _backward, _compare, _compile, _inspect, _tree
+from torch_pathloss._conflicts import Conflicts
 from torch_pathloss._errors import CheckError, ConstructionError, PathLossError
 from torch_pathloss._evaluate import Evaluation
 from torch_pathloss._inspect import UNCOVERED, Explanation, Uncovered
@@ -300,8 +301,60 @@ class PathLossModule(nn.Module):
         def evaluate(cut: Any) -> Evaluation:
             return self._evaluation(cut, target, input, sample_weight)
 
-        gradients = _backward.of_each_term(evaluate, output, leaves)
-        return {name: _backward.mirrored(output, found) for name, found in zip(self.weights, gradients, strict=True)}
+        terms = _backward.of_each_term(evaluate, output, leaves)
+        return {name: _backward.mirrored(output, of.leaves) for name, of in zip(self.weights, terms, strict=True)}
+
+    def conflicts(
+        self,
+        output: Any,
+        target: Any = None,
+        *,
+        input: Any = None,
+        sample_weight: Any = None,
+        wrt: _compare.Wrt = None,
+        threshold: float = 0.0,
+    ) -> Conflicts:
+        """Compares the gradients of the unweighted values: their norms, and the cosine of each pair of terms.
+
+        For diagnosis: it differentiates each term by itself, and reads from the device once. No ``.grad``, no buffer
+        and no random number is changed, `last` is not written, and the model's graph can still run backward. The errors
+        are those of a call.
+
+        Args:
+            output: the model's output; still in its graph if ``wrt`` is given.
+            target: as in a call.
+            input: as in a call.
+            sample_weight: as in a call.
+            wrt: what the gradients are taken by. A tensor or an iterable of tensors that the output was computed from:
+                a shared feature, or parameters such as ``model.backbone.parameters()``, of which the frozen ones are
+                left out; or the path of a node of the output, as text, for a feature that the model returns. Each term
+                then goes backward through the model. Default: ``None``, the leaves of the output, where it does not.
+            threshold: the cosine below which two terms oppose each other. Default: 0.0.
+
+        Returns:
+            A table that prints, with its numbers as attributes and a heat map. See `Conflicts`.
+
+        Raises:
+            ArgumentError: if no term depends on ``wrt``, or it holds something other than tensors.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch_pathloss import PathLossModule, Target, Term
+            >>> criterion = PathLossModule({"x:near": nn.MSELoss(), "x:far": Term(nn.MSELoss(), target=Target("y"))})
+            >>> weight = torch.ones(2, requires_grad=True)
+            >>> output, target = {"x": weight * 3.0}, {"x": torch.zeros(2), "y": torch.full((2,), 5.0)}
+            >>> conflicts = criterion.conflicts(output, target, wrt=weight)
+            >>> conflicts.opposing
+            (('x:near', 'x:far', -1.0),)
+            >>> {name: round(norm, 3) for name, norm in conflicts.norms.items()}  # 3 * 3 * sqrt(2), 3 * 2 * sqrt(2)
+            {'x:near': 12.728, 'x:far': 8.485}
+        """
+
+        def evaluate(cut: Any) -> Evaluation:
+            return self._evaluation(cut, target, input, sample_weight)
+
+        return _compare.compare(evaluate, output, wrt, self.weights.value, threshold)
 
     def compile(self, **kwargs: Any) -> None:
         """Compiles the call, `value_and_grad` and `backward` in place, for many small independent losses.
