@@ -36,7 +36,7 @@ class Conflicts:
     Attributes:
         names: the terms, in declared order.
         at: what the gradients are taken by, in words.
-        weights: the weight of each term.
+        weights: the weight of each term; with a weighting, that of the latest call, NaN before the first.
         norms: the norm of each unweighted gradient, NaN for an absent term.
         weighted_norms: the norms times the absolute values of the weights.
         cosines: ``[K, K]``, float64 on the CPU; NaN for a term that is absent or has no gradient.

@@ -14,6 +14,7 @@ Examples:
 """
 
 from torch_pathloss.weighting._base import Factors, Weighted, Weighting
+from torch_pathloss.weighting._scalarizer import Scalarizer
 from torch_pathloss.weighting._weighted_sum import WeightedSum
 
-__all__ = ["Factors", "Weighted", "WeightedSum", "Weighting"]
+__all__ = ["Factors", "Scalarizer", "Weighted", "WeightedSum", "Weighting"]

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from torch_pathloss._errors import ConstructionError
 from torch_pathloss._names import names_from_tensor, names_to_tensor
+from torch_pathloss._paths import Path
 from torch_pathloss._ranks import sum_over_ranks
+from torch_pathloss._term import Present
 from torch_pathloss._weights import keep_float32
 
 Self = TypeVar("Self", bound="Weighting")
@@ -34,7 +36,12 @@ class Weighting(nn.Module, ABC):
     """
 
     uses_gradients: ClassVar[bool] = False
-    """Whether `forward` needs ``norms``: the norm of the gradient of each term's value at the outputs."""
+    """Whether `forward` is given ``norms``, the norm of the gradient of each value at the outputs, in calls that record
+    gradients. Such a weighting has no parameters, which would get no gradient; its total is the sum of weight times
+    value."""
+
+    feature: str | Path | None = None
+    """The path in the output of the tensor at which ``norms`` are taken instead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,6 +83,9 @@ class Weighting(nn.Module, ABC):
     def updates(self) -> bool:
         """Whether a call changes the state: in training mode, and where gradients are recorded."""
         return self.training and torch.is_grad_enabled()
+
+    def check_present(self, present: Sequence[Present]) -> None:
+        """Raises if the weighting cannot do without a term that is absent."""
 
     def get_extra_state(self) -> Tensor:
         """Returns the names as a tensor of bytes, so that a checkpoint gives state to the term that it belongs to."""
