@@ -13,6 +13,8 @@ from rich.console import Console
 from torch import nn
 
 from torch_pathloss import ArgumentError, Conflicts, PathLossModule, PathNotFoundError, Target, Term
+from torch_pathloss.schedules import alternate
+from torch_pathloss.weighting import WeightedSum
 
 
 class Model(nn.Module):
@@ -172,6 +174,33 @@ def test_absent_terms_zero_gradients_and_gradients_that_are_not_finite_are_told_
         "4  flat    1       0      0                           zero gradient\n"
         "5  nan     1       nan    nan                         gradient not finite"
     )
+
+
+def test_an_empty_selection_and_an_inactive_phase_are_absent():
+    module = PathLossModule(
+        {"a": Term(nn.MSELoss(reduction="none"), where=Target("has_a"), reduction="mean"), "b": nn.MSELoss()},
+        weights={"b": alternate(1, 1, phase=1)},
+    )
+    tree = {"a": torch.ones(2), "b": torch.ones(2)}
+    target = {"a": torch.zeros(2), "b": torch.zeros(2), "has_a": torch.tensor([False, False])}
+    assert module.conflicts(tree, target).absent == ("a", "b")
+    module.step()
+    assert module.conflicts(tree, target).absent == ("a",)
+    target["has_a"] = torch.tensor([False, True])
+    conflicts = module.conflicts(tree, target)
+    assert conflicts.absent == ()
+    # The mean of x^2 over one element has the gradient 2x, over two x.
+    assert conflicts.norms == pytest.approx({"a": 2.0, "b": math.sqrt(2)})
+
+
+def test_the_weights_of_a_weighting_are_those_of_the_latest_call():
+    module = PathLossModule(
+        {"a": nn.MSELoss(), "b": nn.MSELoss()}, weights={"b": 3.0}, weighting=WeightedSum(weighted_mean=True)
+    )
+    tree, target = {n: torch.ones(2) for n in "ab"}, {n: torch.zeros(2) for n in "ab"}
+    assert all(math.isnan(weight) for weight in module.conflicts(tree, target).weights.values())
+    module(tree, target)
+    assert module.conflicts(tree, target).weights == {"a": 0.25, "b": 0.75}
 
 
 def test_very_small_and_very_large_gradients_keep_their_norms_and_cosines():
