@@ -276,6 +276,14 @@ def of_each_term(
         yield OfTerm(value.detach(), present, found[: len(copies)], found[len(copies) :])
 
 
+class Rows(NamedTuple):
+    """The weighted gradients of each term, at the leaves and then of the criterion's parameters; all of it detached."""
+
+    total: Tensor
+    present: list[Present]
+    rows: list[Gradients]
+
+
 def _run(
     evaluation: Evaluation, group: _Group, inputs: list[Tensor], weights: Tensor, scale: Tensor | None
 ) -> tuple[list[Tensor], list[Present], Gradients]:

@@ -581,6 +581,26 @@ class PathLossModule(nn.Module):
         self.last.write(result.values, result.stacked, result.present, result.weights, result.total)
         return result
 
+    def _weighted_gradients(
+        self, output: Any, target: Any, input: Any, sample_weight: Any, leaves: list[Tensor]
+    ) -> _backward.Rows:
+        """Computes the gradients of weight times value of each term, and records the values in `last`."""
+
+        def evaluate(cut: Any) -> Evaluation:
+            return self._evaluation(cut, target, input, sample_weight)
+
+        if self._uncovered != "ignore":
+            _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
+        terms = list(_backward.of_each_term(evaluate, output, leaves, self._trained_parameters(), every=False))
+        values, present = [term.value for term in terms], [term.present for term in terms]
+        total, stacked, weights = weighted_sum(values, self.weights.value)
+        self.last.write(values, stacked, present, weights, total)
+        rows = [
+            [None if g is None else g * weight.to(g.dtype) for g in (*term.leaves, *term.parameters)]
+            for term, weight in zip(terms, weights, strict=True)
+        ]
+        return _backward.Rows(total, present, rows)
+
     def _feature(self, weighting: Weighting, output: Any) -> Tensor | None:
         """Returns the tensor of the output at which a weighting wants the norms of gradients."""
         if weighting.feature is None:
