@@ -125,7 +125,7 @@ def functional(
 def _where_read(
     evaluation: Evaluation, terms: Sequence[TermPlan], leaves: list[Tensor], gradients: list[Tensor]
 ) -> Gradients:
-    """Returns the gradients at the leaves that a term reads, and `None` where `torch.func` gives zeros to the others."""
+    """Returns the gradients at the leaves that a term reads, and `None` for the others, to which torch.func gives 0."""
     read = [leaf for term in terms if not evaluation.is_let_go(term) for leaf in _read(evaluation, term)]
     return [
         gradient if any(leaf is other for other in read) else None
