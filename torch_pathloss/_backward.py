@@ -117,7 +117,20 @@ def functional(
     copies = [leaf.detach() for leaf in leaves]
     gradients, (total, aux) = torch.func.grad_and_value(total_of, has_aux=True)(copies)
     values, stacked, weights, flags = aux
-    return Pass(total, values, stacked, weights, _with_flags(known, flags), gradients, [])
+    evaluation = evaluate(output)
+    reached = _where_read(evaluation, evaluation.plan.terms, leaves, gradients)
+    return Pass(total, values, stacked, weights, _with_flags(known, flags), reached, [])
+
+
+def _where_read(
+    evaluation: Evaluation, terms: Sequence[TermPlan], leaves: list[Tensor], gradients: list[Tensor]
+) -> Gradients:
+    """Returns the gradients at the leaves that a term reads, and `None` for the others, to which torch.func gives 0."""
+    read = [leaf for term in terms if not evaluation.is_let_go(term) for leaf in _read(evaluation, term)]
+    return [
+        gradient if any(leaf is other for other in read) else None
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+    ]
 
 
 def _with_flags(present: list[Present], flags: list[Tensor]) -> list[Present]:
@@ -194,7 +207,7 @@ def _functional_gradients_of_terms(
         row, (value, flags) = torch.func.grad_and_value(value_of, has_aux=True)(copies)
         values.append(value)
         presence.extend(_with_flags(known, flags))
-        rows.append(row)
+        rows.append(_where_read(evaluate(output), [term], leaves, row))
     return values, presence, rows
 
 
