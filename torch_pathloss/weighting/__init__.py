@@ -14,6 +14,8 @@ Examples:
 """
 
 from torch_pathloss.weighting._base import Factors, Weighted, Weighting
+from torch_pathloss.weighting._imtl_l import IMTLL
+from torch_pathloss.weighting._uncertainty import Uncertainty
 from torch_pathloss.weighting._weighted_sum import WeightedSum
 
-__all__ = ["Factors", "Weighted", "WeightedSum", "Weighting"]
+__all__ = ["IMTLL", "Factors", "Uncertainty", "Weighted", "WeightedSum", "Weighting"]
