@@ -15,7 +15,8 @@ Examples:
 
 from torch_pathloss.weighting._base import Factors, Weighted, Weighting
 from torch_pathloss.weighting._imtl_l import IMTLL
+from torch_pathloss.weighting._scalarizer import Scalarizer
 from torch_pathloss.weighting._uncertainty import Uncertainty
 from torch_pathloss.weighting._weighted_sum import WeightedSum
 
-__all__ = ["IMTLL", "Factors", "Uncertainty", "Weighted", "WeightedSum", "Weighting"]
+__all__ = ["IMTLL", "Factors", "Scalarizer", "Uncertainty", "Weighted", "WeightedSum", "Weighting"]
