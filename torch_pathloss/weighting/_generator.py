@@ -70,7 +70,8 @@ def normal(seed: Tensor, counter: Tensor, count: int) -> Tensor:
         torch.Size([3])
     """
     radius, angle = uniform(seed, counter, 2 * count).view(2, count)
-    return (-2 * torch.log1p(-radius)).sqrt() * (2 * math.pi * angle).cos()  # log(1 - u) is finite for u in [0, 1)
+    length = torch.log1p(-radius).mul(-2).sqrt()  # log(1 - u) is finite for u in [0, 1)
+    return length * torch.cos(2 * math.pi * angle)
 
 
 def _mix(word: Tensor) -> Tensor:
