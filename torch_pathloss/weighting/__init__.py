@@ -14,6 +14,19 @@ Examples:
 """
 
 from torch_pathloss.weighting._base import Factors, Weighted, Weighting
+from torch_pathloss.weighting._coefficient_of_variation import CoefficientOfVariation
+from torch_pathloss.weighting._ema_normalized import EMANormalized
+from torch_pathloss.weighting._relobralo import ReLoBRaLo
+from torch_pathloss.weighting._soft_adapt import SoftAdapt
 from torch_pathloss.weighting._weighted_sum import WeightedSum
 
-__all__ = ["Factors", "Weighted", "WeightedSum", "Weighting"]
+__all__ = [
+    "CoefficientOfVariation",
+    "EMANormalized",
+    "Factors",
+    "ReLoBRaLo",
+    "SoftAdapt",
+    "Weighted",
+    "WeightedSum",
+    "Weighting",
+]
