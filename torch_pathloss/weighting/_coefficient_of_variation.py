@@ -49,7 +49,7 @@ class CoefficientOfVariation(Factors):
         >>> for step in range(1, 4):
         ...     weights = weighting(torch.tensor([2.0, 2.0 / step]), seen).weights
         >>> weights  # a term that does not move at all keeps the little that the root of 1e-8 gives
-        tensor([2.9988e-04, 9.9970e-01])
+        tensor([2.9991e-04, 9.9970e-01])
 
     References:
         R. Groenendijk, S. Karaoglu, T. Gevers, T. Mensink, `Multi-Loss Weighting with Coefficient of Variations
