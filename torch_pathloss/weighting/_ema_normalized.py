@@ -97,7 +97,7 @@ class EMANormalized(Factors):
 
     def _record(self, values: Tensor, seen: Tensor) -> None:
         self.count.add_(seen)
-        number = self.count.clamp(min=1)
+        number = self.count.clamp(min=1).to(self.mean.dtype)
         # expm1, since 1 - decay**n loses its digits to cancellation for a decay near 1
         rate = (1 - self.decay) / -torch.expm1(number * self._log_decay)
         self.mean.copy_(torch.where(seen, self.mean.lerp(values.abs(), rate), self.mean))
