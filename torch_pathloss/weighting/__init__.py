@@ -16,16 +16,20 @@ Examples:
 from torch_pathloss.weighting._base import Factors, Weighted, Weighting
 from torch_pathloss.weighting._coefficient_of_variation import CoefficientOfVariation
 from torch_pathloss.weighting._ema_normalized import EMANormalized
+from torch_pathloss.weighting._imtl_l import IMTLL
 from torch_pathloss.weighting._relobralo import ReLoBRaLo
 from torch_pathloss.weighting._soft_adapt import SoftAdapt
+from torch_pathloss.weighting._uncertainty import Uncertainty
 from torch_pathloss.weighting._weighted_sum import WeightedSum
 
 __all__ = [
+    "IMTLL",
     "CoefficientOfVariation",
     "EMANormalized",
     "Factors",
     "ReLoBRaLo",
     "SoftAdapt",
+    "Uncertainty",
     "Weighted",
     "WeightedSum",
     "Weighting",
