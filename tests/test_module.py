@@ -12,7 +12,7 @@ from torch import nn
 
 from torch_pathloss import Output, PathLossModule, PathSyntaxError, Shared, Target, Term
 
-STATE = ["weights.value", "weights._extra_state"]
+STATE = ["weights.value", "weights.step", "weights._extra_state"]
 
 
 def randn(*shape, dtype=torch.float32):

@@ -227,7 +227,7 @@ def test_every_problem_of_the_construction_is_told_at_once():
         "\n  3. Term 'd': MSELoss is a class. Did you mean MSELoss()?"
         "\n  4. Term 'e' is given twice. Give several criteria on one node labels, as in 'mask:dice' and 'mask:bce'."
         "\n  5. A weight is given for 'f'. There is no term 'f'. The terms are 'c', 'd', 'e'."
-        "\n  6. The weight of 'e': a weight must be a float or a 0-dim tensor, not 'x' of type str."
+        "\n  6. The weight of 'e': a weight must be a float, a 0-dim tensor or a schedule, not 'x' of type str."
     )
 
 

@@ -18,7 +18,7 @@ from torch_pathloss import (
     Term,
 )
 
-STATE = ["weights.value", "weights._extra_state"]
+STATE = ["weights.value", "weights.step", "weights._extra_state"]
 
 
 def randn(*shape, dtype=torch.float32):

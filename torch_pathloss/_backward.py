@@ -11,15 +11,19 @@ from torch.autograd.graph import GradientEdge
 
 from torch_pathloss import _tree
 from torch_pathloss._errors import PathLossError
-from torch_pathloss._evaluate import Evaluation
+from torch_pathloss._evaluate import Evaluation, add
 from torch_pathloss._paths import Path
 from torch_pathloss._plan import TermPlan
-from torch_pathloss._weights import weighted_sum
+from torch_pathloss._term import Present
+from torch_pathloss._weights import Combined, weighted_sum
 
 _CHUNK = 2**20  # bytes of output leaves up to which terms are differentiated together: below, memory costs nothing
 
 Evaluate: TypeAlias = Callable[[Any], Evaluation]
 """Makes an evaluation for an output that stands in for the model's."""
+Combine: TypeAlias = Callable[[list[Tensor], list[Present]], Combined]
+"""Makes a total of the values of all terms."""
+Gradients: TypeAlias = list[Tensor | None]
 
 
 def leaves_of(output: Any, every: bool) -> tuple[list[Path], list[Tensor]]:
@@ -65,9 +69,10 @@ class Pass(NamedTuple):
     total: Tensor
     values: list[Tensor]
     stacked: Tensor
-    present: list[bool]
-    leaves: list[Tensor | None]
-    parameters: list[Tensor | None]
+    weights: Tensor
+    present: list[Present]
+    leaves: Gradients
+    parameters: Gradients
 
 
 def at_once(
@@ -75,7 +80,7 @@ def at_once(
     output: Any,
     leaves: list[Tensor],
     parameters: list[Tensor],
-    weights: Tensor,
+    combine: Combine,
     scale: Tensor | None,
     every: bool,
 ) -> Pass:
@@ -83,34 +88,130 @@ def at_once(
     copies = [leaf.detach().requires_grad_() for leaf in leaves]
     with torch.enable_grad():
         values, present = evaluate(replaced(output, copies, every)).values()
-        total, stacked = weighted_sum(values, weights)
+        total, stacked, weights = combine(values, present)
     gradients = _differentiate(total, [*copies, *parameters], scale)
     values = [value.detach() for value in values]
-    return Pass(total.detach(), values, stacked, present, gradients[: len(copies)], gradients[len(copies) :])
+    split = len(copies)
+    return Pass(total.detach(), values, stacked, weights, present, gradients[:split], gradients[split:])
 
 
 def functional(
     evaluate: Evaluate,
     output: Any,
     leaves: list[Tensor],
-    weights: Tensor,
+    combine: Combine,
     every: bool,
 ) -> Pass:
     """Computes the same without `torch.autograd.grad`, which Dynamo does not trace by default.
 
     A leaf that is read but has no influence gets zeros where the other ways give `None`.
     """
-    present: list[bool] = []
+    known: list[Present] = []
 
-    def total_of(copies: list[Tensor]) -> tuple[Tensor, tuple[list[Tensor], Tensor]]:
-        values, seen = evaluate(replaced(output, copies, every)).values()
-        present.extend(seen)
-        total, stacked = weighted_sum(values, weights)
-        return total, (values, stacked)
+    def total_of(copies: list[Tensor]) -> tuple[Tensor, tuple[list[Tensor], Tensor, Tensor, list[Tensor]]]:
+        values, present = evaluate(replaced(output, copies, every)).values()
+        known.extend(present)
+        total, stacked, weights = combine(values, present)
+        return total, (values, stacked, weights, [flag for flag in present if isinstance(flag, Tensor)])
 
     copies = [leaf.detach() for leaf in leaves]
-    gradients, (total, (values, stacked)) = torch.func.grad_and_value(total_of, has_aux=True)(copies)
-    return Pass(total, values, stacked, present, gradients, [])
+    gradients, (total, aux) = torch.func.grad_and_value(total_of, has_aux=True)(copies)
+    values, stacked, weights, flags = aux
+    return Pass(total, values, stacked, weights, _with_flags(known, flags), gradients, [])
+
+
+def _with_flags(present: list[Present], flags: list[Tensor]) -> list[Present]:
+    """Returns presence with its tensors replaced by those that have left the transform of `torch.func`."""
+    remaining = iter(flags)
+    return [next(remaining) if isinstance(flag, Tensor) else flag for flag in present]
+
+
+def balanced(
+    evaluate: Evaluate,
+    output: Any,
+    leaves: list[Tensor],
+    parameters: list[Tensor],
+    combine: Callable[[list[Tensor], list[Present], Tensor], Combined],
+    scale: Tensor | None,
+    every: bool,
+    feature: Tensor | None = None,
+) -> Pass:
+    """Computes the gradients of each term, and merges them with weights that depend on their norms.
+
+    Args:
+        evaluate: as elsewhere.
+        output: as elsewhere.
+        leaves: as elsewhere.
+        parameters: as elsewhere.
+        combine: as elsewhere, with the norms as the third argument, ``[K]``.
+        scale: as elsewhere.
+        every: as elsewhere.
+        feature: a tensor in the model's graph at which the norms are taken. Default: ``None``, at the leaves.
+    """
+    values, present, rows = _gradients_of_terms(evaluate, output, leaves, parameters, every)
+    with torch.no_grad():
+        norms = torch.stack([_norm(_at_feature(row, leaves, feature), values[0]) for row in rows])
+        total, stacked, weights = combine(values, present, norms)
+        factors = weights if scale is None else weights * scale
+        merged = _Sum(len(leaves) + len(parameters))
+        for position, row in enumerate(rows):
+            scaled = [None if gradient is None else gradient * factors[position].to(gradient.dtype) for gradient in row]
+            merged.add(list(range(len(row))), scaled)
+    split = len(leaves)
+    return Pass(total, values, stacked, weights, present, merged.sums[:split], merged.sums[split:])
+
+
+def _gradients_of_terms(
+    evaluate: Evaluate, output: Any, leaves: list[Tensor], parameters: list[Tensor], every: bool
+) -> tuple[list[Tensor], list[Present], list[Gradients]]:
+    if torch.compiler.is_compiling() and not (parameters or torch._dynamo.config.trace_autograd_ops):
+        return _functional_gradients_of_terms(evaluate, output, leaves, every)
+    copies = [leaf.detach().requires_grad_() for leaf in leaves]
+    with torch.enable_grad():
+        values, present = evaluate(replaced(output, copies, every)).values()
+    rows = [_differentiate(value, [*copies, *parameters], None, retain=True) for value in values]
+    return [value.detach() for value in values], present, rows
+
+
+def _functional_gradients_of_terms(
+    evaluate: Evaluate, output: Any, leaves: list[Tensor], every: bool
+) -> tuple[list[Tensor], list[Present], list[Gradients]]:
+    """Evaluates term by term, since the gradient of one must not depend on another, not even as 0 times NaN."""
+    copies = [leaf.detach() for leaf in leaves]
+    values: list[Tensor] = []
+    presence: list[Present] = []
+    rows: list[Gradients] = []
+    for term in evaluate(output).plan.terms:
+        known: list[Present] = []
+
+        def value_of(
+            copies: list[Tensor], term: TermPlan = term, known: list[Present] = known
+        ) -> tuple[Tensor, list[Tensor]]:
+            (value,), present = evaluate(replaced(output, copies, every)).values([term])
+            known.extend(present)
+            return value, [flag for flag in present if isinstance(flag, Tensor)]
+
+        row, (value, flags) = torch.func.grad_and_value(value_of, has_aux=True)(copies)
+        values.append(value)
+        presence.extend(_with_flags(known, flags))
+        rows.append(row)
+    return values, presence, rows
+
+
+def _at_feature(row: Gradients, leaves: list[Tensor], feature: Tensor | None) -> Gradients:
+    """Returns the gradients of a term at the leaves, or what they make at a feature of the model."""
+    if feature is None:
+        return row[: len(leaves)]
+    pairs = [(leaf, gradient) for leaf, gradient in zip(leaves, row, strict=False) if gradient is not None]
+    if not pairs:
+        return []
+    roots, seeds = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(roots, [feature], seeds, retain_graph=True, allow_unused=True))
+
+
+def _norm(gradients: Gradients, like: Tensor) -> Tensor:
+    squares = [gradient.detach().to(like.dtype).abs().square().sum() for gradient in gradients if gradient is not None]
+    return add(squares).sqrt() if squares else torch.zeros_like(like)
 
 
 def term_by_term(
@@ -133,7 +234,7 @@ def term_by_term(
     last = {position: number for number, group in enumerate(groups) for position in group.positions}
     gradients = _Sum(len(copies) + len(parameters))
     values: list[Tensor] = []
-    present: list[bool] = []
+    present: list[Present] = []
     for number, group in enumerate(groups):
         places = [*group.positions, *range(len(copies), len(copies) + len(parameters))]
         inputs = [*(copies[position] for position in group.positions), *parameters]
@@ -147,11 +248,12 @@ def term_by_term(
                 if last[position] == number:
                     copies[position].data = torch.empty(0)  # nobody else holds a copy
                     release(position)
-    total, stacked = weighted_sum(values, weights)
-    return Pass(total, values, stacked, present, gradients.sums[: len(copies)], gradients.sums[len(copies) :])
+    total, stacked, _ = weighted_sum(values, weights)
+    split = len(copies)
+    return Pass(total, values, stacked, weights, present, gradients.sums[:split], gradients.sums[split:])
 
 
-def of_each_term(evaluate: Evaluate, output: Any, leaves: list[Tensor]) -> Iterator[list[Tensor | None]]:
+def of_each_term(evaluate: Evaluate, output: Any, leaves: list[Tensor]) -> Iterator[Gradients]:
     """Yields the gradients of each unweighted value at the leaves."""
     copies = [leaf.detach().requires_grad_() for leaf in leaves]
     evaluation = evaluate(replaced(output, copies, every=True))
@@ -164,19 +266,19 @@ def of_each_term(evaluate: Evaluate, output: Any, leaves: list[Tensor]) -> Itera
 
 def _run(
     evaluation: Evaluation, group: _Group, inputs: list[Tensor], weights: Tensor, scale: Tensor | None
-) -> tuple[list[Tensor], list[bool], list[Tensor | None]]:
+) -> tuple[list[Tensor], list[Present], Gradients]:
     with torch.enable_grad():
         values, present = evaluation.values(group.terms)
-        total, _ = weighted_sum(values, weights[group.start : group.start + len(group.terms)])
+        total, _, _ = weighted_sum(values, weights[group.start : group.start + len(group.terms)])
     evaluation.computed.clear()
     return [value.detach() for value in values], present, _differentiate(total, inputs, scale)
 
 
-def _differentiate(total: Tensor, inputs: list[Tensor], scale: Tensor | None) -> list[Tensor | None]:
+def _differentiate(total: Tensor, inputs: list[Tensor], scale: Tensor | None, retain: bool = False) -> Gradients:
     if not inputs or not total.requires_grad:
         return [None] * len(inputs)
     seed = None if scale is None else scale.to(total)
-    return list(torch.autograd.grad(total, inputs, seed, allow_unused=True))
+    return list(torch.autograd.grad(total, inputs, seed, retain_graph=retain, allow_unused=True))
 
 
 @final
@@ -184,10 +286,10 @@ class _Sum:
     """Sums of gradients, in place from the second on."""
 
     def __init__(self, count: int) -> None:
-        self.sums: list[Tensor | None] = [None] * count
+        self.sums: Gradients = [None] * count
         self._owned = [False] * count
 
-    def add(self, places: list[int], gradients: list[Tensor | None]) -> None:
+    def add(self, places: list[int], gradients: Gradients) -> None:
         for place, gradient in zip(places, gradients, strict=True):
             sofar = self.sums[place]
             if gradient is None:

@@ -38,6 +38,12 @@ def arguments(given: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+NO_FEATURE = (
+    "The weighting takes the norms of gradients at a feature of the model, whose graph is not part of what is "
+    "compiled. Build it with feature=None, which takes them at the outputs, or do not compile the criterion."
+)
+
+
 @contextmanager
 def traced_autograd() -> Iterator[None]:
     """Lets Dynamo trace `torch.autograd.grad`, which it refuses by default (torch 2.11 to 2.13)."""

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from torch_pathloss import _paths, _tree
+from torch_pathloss import _paths, _ranks, _select, _tree
 from torch_pathloss._errors import ArgumentError, CriterionReturnError, PathLossError, PathNotFoundError
 from torch_pathloss._names import Names
 from torch_pathloss._paths import Path
-from torch_pathloss._plan import INPUT, OUTPUT, TREES, Argument, Call, Computed, Constant, Plan, Read, TermPlan
-from torch_pathloss._term import reduce
+from torch_pathloss._plan import (
+    INPUT,
+    OUTPUT,
+    TARGET,
+    TREES,
+    Argument,
+    Call,
+    Computed,
+    Condition,
+    Constant,
+    Plan,
+    Read,
+    TermPlan,
+)
+from torch_pathloss._term import Present, reduce
 
 _ABSENT = object()  # not None, which a criterion that forgets to return gives
 
@@ -28,38 +41,55 @@ class Evaluation:
         trees: output, target and input.
         sample_weight: one tensor, or a tree of tensors by name or path of a term.
         device: where the weights lie, and so where every value must lie.
+        inactive: the terms whose schedule is in an inactive phase, by name, and whether their outputs get no gradient
+            instead of zero.
     """
 
     def __init__(
-        self, plan: Plan, container: nn.Module, trees: tuple[Any, Any, Any], sample_weight: Any, device: torch.device
+        self,
+        plan: Plan,
+        container: nn.Module,
+        trees: tuple[Any, Any, Any],
+        sample_weight: Any,
+        device: torch.device,
+        inactive: Mapping[str, bool] | None = None,
     ) -> None:
         self.plan = plan
         self.container = container
         self.trees = trees
         self.device = device
+        self.inactive = inactive
         self.sample_weights = None if sample_weight is None else _by_term(sample_weight, plan)
         self.computed: dict[tuple[int, tuple[Path, ...]], Any] = {}
+        self.selected: dict[str, Tensor] = {}
+        self.is_local = False  # whether normalizers are those of this process alone
 
-    def values(self, terms: Sequence[TermPlan] | None = None) -> tuple[list[Tensor], list[bool]]:
+    def values(self, terms: Sequence[TermPlan] | None = None) -> tuple[list[Tensor], list[Present]]:
         """Returns the value of each of the terms, at least float32, and whether it is present.
 
         The value of an absent term is a zero that keeps its output leaves in the autograd graph.
         An error names the term: the package's own in their message, others in a note.
         """
         values: list[Tensor] = []
-        present: list[bool] = []
+        present: list[Present] = []
         terms = self.plan.terms if terms is None else terms
         annotate = self.container.annotate and not torch.compiler.is_compiling()
         term = terms[0]
         try:
             for term in terms:
-                if annotate:
+                if self.inactive is not None and term.name in self.inactive:
+                    value = None
+                elif annotate:
                     with torch.profiler.record_function(f"pathloss/{term.name}"):
                         value = self.value(term)
                 else:
                     value = self.value(term)
-                present.append(value is not None)
-                values.append(self.zero(term) if value is None else value)
+                if value is None:
+                    present.append(False)
+                    values.append(self.zero(term))
+                else:
+                    present.append(True if term.where is None else self.selected[term.name])
+                    values.append(value)
         except PathLossError as error:
             raise type(error)(f"Term {term.name!r}: {error}") from None
         except Exception as error:
@@ -69,25 +99,77 @@ class Evaluation:
         return values, present
 
     def value(self, term: TermPlan) -> Tensor | None:
-        """Returns the value of one term, at least float32, or `None` if it or every match of it is absent."""
-        if term.driver is None:
-            return self.match(term, ())
+        """Returns the value of one term, at least float32, or `None` if it or every match of it is absent.
+
+        Of a term with a ``where``, `selected` then holds whether anything was selected.
+        """
+        value = self.match(term, ()) if term.driver is None else self.sum_of_matches(term)
+        return value if term.normalizer is None else self.normalized(term, value)
+
+    def sum_of_matches(self, term: TermPlan) -> Tensor | None:
         found: list[Tensor] = []
         zeros: list[Tensor] = []
+        selected: list[Tensor] = []
         for captures in self.captures(term):
             value = self.match(term, captures)
             if value is None:
                 zeros.append(self.zero_of_match(term, captures))
-            else:
-                found.append(value)
+                continue
+            found.append(value)
+            if term.where is not None:
+                selected.append(self.selected[term.name])
         if not found:
             return None
         total = add(found + zeros)
-        return total / len(found) if term.match == "mean" else total
+        count: Any = len(found)
+        if selected:
+            flags = torch.stack(selected)
+            self.selected[term.name] = flags.any()
+            count = flags.sum().clamp(min=1)
+        return total / count if term.match == "mean" else total
+
+    def normalized(self, term: TermPlan, value: Tensor | None) -> Tensor | None:
+        """Returns a sum over its count, for which every process adds its own, also where the term is absent."""
+        assert term.normalizer is not None
+        divisor: Any = self.container.divisor(term.name)  # type: ignore[operator]
+        if divisor is None:
+            divisor = self.count(0.0 if value is None else self.argument(term.normalizer, ()))
+            if not self.is_local:
+                divisor = _ranks.sum_over_ranks(divisor)
+            divisor = divisor.clamp(min=1) / (1 if self.is_local else _ranks.world_size())
+        return None if value is None else value / divisor
+
+    def counts(self) -> Tensor:
+        """Returns the count of every term's normalizer in this call, ``[K]``, 0 for a term without one."""
+        zero = torch.zeros((), device=self.device)
+        counts = []
+        for term in self.plan.terms:
+            try:
+                count = None if term.normalizer is None else self.argument(term.normalizer, ())
+                counts.append(zero if count is None or count is _ABSENT else self.count(count))
+            except PathLossError as error:
+                raise type(error)(f"Term {term.name!r}: {error}") from None
+        return torch.stack(counts)
+
+    def count(self, normalizer: Any) -> Tensor:
+        """Returns the sum of the elements of a normalizer as float32."""
+        if isinstance(normalizer, (int, float)):
+            return torch.full((), float(normalizer), device=self.device)
+        if not isinstance(normalizer, Tensor) or normalizer.device != self.device:
+            found = f"on {normalizer.device}" if isinstance(normalizer, Tensor) else "None, or something else"
+            raise ArgumentError(
+                f"its normalizer is {found}. It must be a tensor on {self.device}, where the weights are, or a number."
+            )
+        return normalizer.detach().sum(dtype=torch.float32)
 
     def match(self, term: TermPlan, captures: tuple[Path, ...]) -> Tensor | None:
         """Returns the value of a term for one match, or `None` if it is absent. ``()`` is the match of a plain path."""
-        result = self.call(term.call, captures)
+        mask = None
+        if term.where is None:
+            result = self.call(term.call, captures)
+        else:
+            mask = self.mask(term, captures)
+            result = _ABSENT if mask is _ABSENT else self.call_selected(term, captures, mask)
         if result is _ABSENT:
             return None
         if not isinstance(result, Tensor):
@@ -97,8 +179,11 @@ class Evaluation:
                 f"its value is on {result.device}, but the weights are on {self.device}. "
                 f"Move the criterion to the outputs' device with criterion.to({str(result.device)!r})."
             )
+        if mask is not None and mask.ndim > 0:
+            result = _select.checked_result(result, mask, term.reduction is not None)
         if term.reduction is not None:
-            result = reduce(result, term.reduction, self.sample_weight(term, result))
+            selected = mask if mask is not None and mask.ndim > 0 else None
+            result = reduce(result, term.reduction, self.sample_weight(term, result), selected)
         elif self.sample_weights is not None and term.name in self.sample_weights:
             raise ArgumentError(
                 "it has a sample weight but no reduction. "
@@ -109,7 +194,56 @@ class Evaluation:
                 f"its criterion returned a tensor of shape {tuple(result.shape)}, not a scalar. "
                 'Reduce it in the criterion, or wrap it as Term(criterion, reduction="mean").'
             )
+        if mask is not None:
+            self.selected[term.name] = mask if mask.ndim == 0 else mask.any()
+            if mask.ndim == 0:
+                result = torch.where(mask, result, 0)
         return result if result.dtype is torch.float32 else _at_least_float32(result)
+
+    def mask(self, term: TermPlan, captures: tuple[Path, ...]) -> Any:
+        """Returns which samples a term is computed on, or the mark of an absent term."""
+        if isinstance(term.where, Condition):
+            mask = self.container._modules[term.where.child](self.trees[OUTPUT], self.trees[TARGET])  # type: ignore[misc]
+        else:
+            assert term.where is not None
+            mask = self.argument(term.where, captures)
+        return mask if mask is _ABSENT else _select.checked_mask(mask, self.device)
+
+    def call_selected(self, term: TermPlan, captures: tuple[Path, ...], mask: Tensor) -> Any:
+        """Returns what a criterion returns for arguments that are safe where nothing is selected."""
+        found = self.arguments(term.call, captures)
+        if found is None:
+            return self.absent(term.call, captures)
+        positional, keywords = found
+        module: nn.Module = self.container._modules[term.call.child]  # type: ignore[assignment]
+        call = term.call
+
+        def safe(argument: Argument, value: Any, is_first: bool, is_second: bool) -> Any:
+            if not self.is_per_sample(argument, is_first or is_second):
+                return value
+            return _select.safe(value, mask, is_first, call.is_elementwise, call.is_classwise)
+
+        positional = [
+            safe(argument, value, position == 0, position == 1)
+            for position, (argument, value) in enumerate(zip(call.positional, positional, strict=True))
+        ]
+        keywords = {
+            key: safe(argument, keywords[key], key in ("input", "output"), key == "target")
+            for key, argument in call.keywords
+        }
+        if call.is_elementwise:
+            _check_shapes(positional, keywords)
+        return _select.call_guarded(module, mask, positional, keywords)
+
+    def is_per_sample(self, argument: Argument, is_compared: bool) -> bool:
+        """Whether an argument has samples: what comes from the output or the target, or is compared with it."""
+        if type(argument) is Read:
+            return is_compared or argument.tree != INPUT
+        if type(argument) is Computed:
+            return is_compared or any(
+                self.is_per_sample(inner, False) for inner in self.plan.shared[argument.index].arguments
+            )
+        return False
 
     def sample_weight(self, term: TermPlan, result: Tensor) -> Tensor | None:
         weight = None if self.sample_weights is None else self.sample_weights.get(term.name)
@@ -137,7 +271,17 @@ class Evaluation:
         return tree
 
     def call(self, call: Call, captures: tuple[Path, ...]) -> Any:
-        """Returns what a child returns for its arguments, or `None` if one of them is absent."""
+        """Returns what a child returns for its arguments, or the mark of an absent term if one of them is absent."""
+        found = self.arguments(call, captures)
+        if found is None:
+            return self.absent(call, captures)
+        positional, keywords = found
+        if call.is_elementwise:
+            _check_shapes(positional, keywords)
+        return self.container._modules[call.child](*positional, **keywords)  # type: ignore[misc]
+
+    def arguments(self, call: Call, captures: tuple[Path, ...]) -> tuple[list[Any], dict[str, Any]] | None:
+        """Returns what a child is called with, or `None` if one of its arguments is absent."""
         positional = []
         for argument in call.positional:
             if type(argument) is Read and not captures:  # the usual case, without a call
@@ -147,17 +291,15 @@ class Evaluation:
             else:
                 value = self.argument(argument, captures)
             if value is _ABSENT:
-                return self.absent(call, captures)
+                return None
             positional.append(value)
         keywords = {}
         for key, argument in call.keywords:
             value = self.argument(argument, captures)
             if value is _ABSENT:
-                return self.absent(call, captures)
+                return None
             keywords[key] = value
-        if call.is_elementwise:
-            _check_shapes(positional, keywords)
-        return self.container._modules[call.child](*positional, **keywords)  # type: ignore[misc]
+        return positional, keywords
 
     def argument(self, argument: Argument, captures: tuple[Path, ...]) -> Any:
         if type(argument) is Read:
@@ -196,6 +338,8 @@ class Evaluation:
 
         Keeps the leaves in the autograd graph, without which DistributedDataParallel waits for their parameters.
         """
+        if self.inactive is not None and self.inactive.get(term.name):
+            return torch.zeros((), device=self.device)
         zeros = [self.zero_of_match(term, captures) for captures in self.captures(term)]
         return add(zeros) if zeros else torch.zeros((), device=self.device)
 

@@ -16,7 +16,8 @@ from torch_pathloss._errors import CheckError, PathLossError, UncoveredError, Un
 from torch_pathloss._evaluate import Evaluation
 from torch_pathloss._paths import Path
 from torch_pathloss._plan import OUTPUT, TREES, TermPlan
-from torch_pathloss._term import callable_name
+from torch_pathloss._term import Present, callable_name
+from torch_pathloss.weighting import Weighting
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,7 +120,7 @@ _HEADER = _Row("output", "shape", "dtype", "terms")
 _NO_TERM = "no term"
 
 
-def explain(evaluation: Evaluation, weights: Sequence[float]) -> Explanation:
+def explain(evaluation: Evaluation, weights: Sequence[str]) -> Explanation:
     """Returns the output's tree, line by line, and below it the terms with what they read."""
     covered = _covered(evaluation)
     rows: list[_Row] = []
@@ -171,9 +172,11 @@ def _dtype(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _term_cells(evaluation: Evaluation, term: TermPlan, weight: float) -> list[str]:
+def _term_cells(evaluation: Evaluation, term: TermPlan, weight: str) -> list[str]:
     module = evaluation.container.get_submodule(term.call.child)
-    cells = [callable_name(module), f"weight {weight:g}", term.sources]
+    cells = [callable_name(module), f"weight {weight}", term.sources]
+    if evaluation.inactive is not None and term.name in evaluation.inactive:
+        return [*cells, "absent: its schedule is in an inactive phase"]
     try:
         matches = evaluation.captures(term)
         if not matches:
@@ -200,21 +203,29 @@ def columns(cells: list[list[str]]) -> list[str]:
     return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
-def check(evaluation: Evaluation, uncovered: Uncovered) -> None:
-    """Runs every term by itself, and leaves buffers and random numbers as they were.
+def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | None) -> None:
+    """Runs every term by itself, in this process alone, and leaves buffers and random numbers as they were.
 
     Raises:
         CheckError: listing what failed.
     """
     problems: list[str] = []
+    evaluation.is_local = True
+    present: list[Present] = []
     with _unchanged(evaluation.container):
         for term in evaluation.plan.terms:
             try:
-                evaluation.value(term)
+                value = evaluation.value(term)
+                present.append(value is not None and evaluation.selected.get(term.name, True))
             except PathLossError as error:
                 problems.append(f"Term {term.name!r}: {error}")
             except Exception as error:
                 problems.append(f"Term {term.name!r}: its criterion raised {type(error).__name__}: {error}")
+    if weighting is not None and not problems:
+        try:
+            weighting.check_present(present)
+        except PathLossError as error:
+            problems.append(str(error))
     if uncovered == "error":
         try:
             report_uncovered(evaluation, uncovered, set())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_pathloss._names import Names
+from torch_pathloss._term import Present
 from torch_pathloss._weights import keep_float32
 
 
@@ -84,14 +85,14 @@ class Last(nn.Module):
         return shown
 
     def write(
-        self, values: Sequence[Tensor], stacked: Tensor, present: list[bool], weights: Tensor, total: Tensor
+        self, values: Sequence[Tensor], stacked: Tensor, present: Sequence[Present], weights: Tensor, total: Tensor
     ) -> None:
         """Overwrites the record.
 
         Args:
             values: the value of each term.
             stacked: the same as one detached tensor: ``[K]``, 0-dim for one term.
-            present: whether each term is present.
+            present: whether each term is present; 0-dim bool tensors where that depends on data.
             weights: ``[K]``, detached.
             total: 0-dim.
         """
@@ -106,16 +107,10 @@ class Last(nn.Module):
         if rows[0]._base is not record:
             rows = self._rows = self._split(record)
         seen: Tensor = self._buffers["ones"]  # type: ignore[assignment]
-        if not all(present):
-            seen = seen.clone()
-            for position, is_present in enumerate(present):
-                if not is_present:
-                    seen[position].fill_(
-                        0.0
-                    )  # a tensor made of the list would be copied to the device, and wait for it
-        torch._foreach_copy_(
-            rows, (stacked, weights, seen, total.detach())
-        )  # one kernel; torch.cat costs twice as much
+        if not all(is_present is True for is_present in present):
+            seen = seen_of(present, seen)
+        # One kernel; torch.cat costs twice as much.
+        torch._foreach_copy_(rows, (stacked, weights, seen, total.detach()))
 
     def _split(self, record: Tensor) -> tuple[Tensor, ...]:
         count = len(self._names)
@@ -134,8 +129,19 @@ class Last(nn.Module):
         return self
 
 
+def seen_of(present: Sequence[Present], ones: Tensor) -> Tensor:
+    """Returns presence as a tensor ``[K]`` of the type and device of ``ones``, without a copy from the host."""
+    seen = ones.clone()
+    for position, is_present in enumerate(present):
+        if isinstance(is_present, Tensor):
+            seen[position] = is_present
+        elif not is_present:
+            seen[position].fill_(0)  # a tensor made of the list would be copied to the device, and wait for it
+    return seen
+
+
 def _write_traced(
-    record: Tensor, values: Sequence[Tensor], present: list[bool], weights: Tensor, total: Tensor
+    record: Tensor, values: Sequence[Tensor], present: Sequence[Present], weights: Tensor, total: Tensor
 ) -> None:
     """Writes element by element, which Inductor fuses into one kernel. A concatenation would be three or four."""
     count = len(values)
@@ -143,8 +149,8 @@ def _write_traced(
     record[2 * count : 3 * count] = 1.0
     for position, (value, is_present) in enumerate(zip(values, present, strict=True)):
         record[position] = value.detach()
-        if not is_present:
-            record[2 * count + position] = 0.0
+        if is_present is not True:
+            record[2 * count + position] = is_present
     record[3 * count] = total.detach()
 
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from torch_pathloss import _backward, _compile, _inspect, _tree
-from torch_pathloss._errors import CheckError, ConstructionError, PathLossError
+from torch_pathloss import _backward, _compile, _inspect, _paths, _ranks, _tree
+from torch_pathloss._errors import ArgumentError, CheckError, CompileError, ConstructionError, PathLossError
 from torch_pathloss._evaluate import Evaluation
 from torch_pathloss._inspect import UNCOVERED, Explanation, Uncovered
-from torch_pathloss._last import Last
-from torch_pathloss._plan import bind
-from torch_pathloss._term import callable_name
-from torch_pathloss._weights import Weights, weighted_sum
+from torch_pathloss._last import Last, seen_of
+from torch_pathloss._plan import OUTPUT, TREES, bind
+from torch_pathloss._term import Present, callable_name, not_a_criterion
+from torch_pathloss._weights import Combined, Weights, weighted_sum
+from torch_pathloss.weighting import Scalarizer, Weighting
 
 
 @final
@@ -35,8 +37,12 @@ class PathLossModule(nn.Module):
         losses: a mapping from paths to criteria, or a nested structure that mirrors the output (mappings, lists,
             tuples, namedtuples, `None` for no loss), or both mixed. One bare criterion stands at the root. A criterion
             is a module, any callable, or a `Term`.
-        weights: the weights :math:`w_k`, by name of the term, as floats or 0-dim tensors; flat or nested as
-            ``losses``. Default: the weight of the `Term`, which is 1.0 by default.
+        weights: the weights :math:`w_k`, by name of the term, as floats, 0-dim tensors or schedules
+            (`torch_pathloss.schedules`); flat or nested as ``losses``. Default: the weight of the `Term`, which is 1.0
+            by default.
+        weighting: a rule that makes the total of values and weights instead of the sum
+            (`torch_pathloss.weighting`), or any module or function ``[K] values -> scalar``, such as a ``Scalarizer``
+            of TorchJD. Default: ``None``, the sum.
         uncovered: what to do with tensors of the output that no term reaches: ``"ignore"``, ``"warn"`` (once for
             each set of them; not in compiled code) or ``"error"``. Default: ``"ignore"``.
         grad_in_forward: whether a call computes the gradients at the outputs too, and its ``backward()`` only
@@ -85,8 +91,10 @@ class PathLossModule(nn.Module):
 
     weights: Weights
     last: Last
+    weighting: Weighting | None
     annotate: bool = False
 
+    _accumulates: bool = False
     _compiled_pass: Callable[..., tuple[Tensor, list[Tensor | None], list[Tensor | None]]] | None = None
 
     def __init__(
@@ -94,6 +102,7 @@ class PathLossModule(nn.Module):
         losses: Any,
         *,
         weights: Any = None,
+        weighting: Weighting | Callable[[Tensor], Tensor] | None = None,
         uncovered: Uncovered = "ignore",
         grad_in_forward: bool = False,
     ) -> None:
@@ -114,6 +123,22 @@ class PathLossModule(nn.Module):
                 self.register_buffer(name, tensor, persistent=False)
         self.weights = Weights(bound.names, bound.weights)
         self.last = Last(bound.names)
+        self.weighting = None if weighting is None else self._bound_weighting(weighting)
+        positions = [position for position, term in enumerate(self._plan.terms) if term.normalizer is not None]
+        self.register_buffer("_divisors", torch.ones(len(self.weights)) if positions else None, persistent=False)
+
+    def _bound_weighting(self, weighting: Any) -> Weighting:
+        if not isinstance(weighting, Weighting):
+            if problem := not_a_criterion(weighting):
+                raise ConstructionError(f"weighting= must be a weighting or a function [K] values -> scalar: {problem}")
+            weighting = Scalarizer(weighting)
+        bound: Weighting = weighting.bind(tuple(self.weights))
+        if weighting.uses_gradients and any(True for _ in weighting.parameters()):
+            raise ConstructionError(
+                f"The weighting {type(weighting).__name__} uses gradients and has parameters, which would get none. "
+                "Keep its state in buffers."
+            )
+        return bound
 
     def forward(self, output: Any, target: Any = None, *, input: Any = None, sample_weight: Any = None) -> Tensor:
         """Returns the total.
@@ -131,17 +156,133 @@ class PathLossModule(nn.Module):
             ArgumentError: if shapes, devices or sample weights do not fit.
             UncoveredError: if a leaf is uncovered and the module was built with ``uncovered="error"``.
         """
-        if self._grad_in_forward and torch.is_grad_enabled():
-            return self._forward_with_gradients(output, target, input, sample_weight)
         modules = self._modules
-        weights: Tensor = modules["weights"]._buffers["value"]  # type: ignore[assignment, union-attr]
-        evaluation = Evaluation(self._plan, self, (output, target, input), sample_weight, weights.device)
+        weighting: Weighting | None = modules.get("weighting")  # type: ignore[assignment]
+        if torch.is_grad_enabled() and (self._grad_in_forward or (weighting is not None and weighting.uses_gradients)):
+            return self._forward_with_gradients(output, target, input, sample_weight)
+        evaluation = self._evaluation(output, target, input, sample_weight)
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluation, self._uncovered, self._warned)
         values, present = evaluation.values()
-        total, stacked = weighted_sum(values, weights)
+        if weighting is None:
+            total, stacked, weights = weighted_sum(values, modules["weights"]._buffers["value"])  # type: ignore[union-attr, arg-type]
+        else:
+            total, stacked, weights = self._combine(values, present)
         modules["last"].write(values, stacked, present, weights, total)  # type: ignore[union-attr, operator]
         return total
+
+    def _combine(self, values: list[Tensor], present: list[Present], norms: Tensor | None = None) -> Combined:
+        """Returns what the weighting makes of the values, or their weighted sum without one."""
+        weights = self.weights.value
+        if self.weighting is None:
+            return weighted_sum(values, weights)
+        self.weighting.check_present(present)
+        stacked = torch.stack(values)
+        seen = seen_of(present, torch.ones(len(values), dtype=torch.bool, device=weights.device))
+        total, effective = self.weighting(stacked, seen, weights, norms)
+        return Combined(total, stacked.detach().squeeze(), effective)
+
+    def step(self) -> None:
+        """Advances the step of the schedules by one, as the ``step`` of a learning-rate scheduler does.
+
+        Call it after each optimizer step, or once an epoch. The step is a buffer of `weights`, saved with the
+        `state_dict`. Nothing is read from the device.
+
+        Raises:
+            ArgumentError: if a schedule gives no finite number.
+        """
+        self.weights.advance()
+
+    @torch.no_grad()
+    def update(self, output: Any, target: Any = None, *, input: Any = None, sample_weight: Any = None) -> None:
+        """Tells the weighting the values after the optimizer step, on the batch of that step, as `FAMO` needs them.
+
+        Args:
+            output: what the model returns for the same batch after the step.
+            target: as in a call.
+            input: as in a call.
+            sample_weight: as in a call.
+
+        Raises:
+            ArgumentError: if the weighting uses no such values.
+            The errors of a call.
+        """
+        update = getattr(self.weighting, "update", None)
+        if update is None:
+            found = "there is none" if self.weighting is None else f"this one is {type(self.weighting).__name__}"
+            raise ArgumentError(
+                f"update() is for a weighting that uses the values after the step, such as FAMO, but {found}. "
+                "Leave the call out."
+            )
+        values, present = self._evaluation(output, target, input, sample_weight).values()
+        update(torch.stack(values), seen_of(present, torch.ones_like(self.weights.value, dtype=torch.bool)))
+
+    @contextmanager
+    def accumulate(self, targets: Iterable[Any], *, inputs: Iterable[Any] | None = None) -> Iterator[None]:
+        r"""Normalises by the counts of all micro-batches of one optimizer step, and of all processes.
+
+        With :math:`n` micro-batches and :math:`W` processes, a term with a ``normalizer`` divides the sum of each
+        micro-batch by
+
+        .. math::
+            \frac{1}{n W} \max\Big(1, \sum_{\text{ranks}} \sum_{i=1}^{n} c_i\Big)
+
+        so that the mean over the micro-batches, which a loop takes with ``loss / n``, and over the processes, which
+        DistributedDataParallel takes of the gradients, is the value of one process with the whole batch.
+        Inside of it, call the criterion once for each micro-batch. Every process has to enter it.
+
+        Args:
+            targets: the target of each micro-batch.
+            inputs: the ``input`` of each micro-batch, if a normalizer reads it. Default: ``None``.
+
+        Raises:
+            ArgumentError: if no term has a normalizer, a normalizer reads the output, which is not known yet, or there
+                are no micro-batches or not as many inputs as targets.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch_pathloss import PathLossModule, Target, Term
+            >>> boxes = Term(nn.L1Loss(reduction="sum"), normalizer=Target("count"))
+            >>> criterion = PathLossModule({"box": boxes})
+            >>> targets = [{"box": torch.zeros(n), "count": n} for n in (1, 3)]
+            >>> with criterion.accumulate(targets):
+            ...     total = sum(criterion({"box": torch.ones(t["count"])}, t) / len(targets) for t in targets)
+            >>> total  # 4 ones over 4 boxes
+            tensor(1.)
+        """
+        evaluations = self._evaluations_of(list(targets), None if inputs is None else list(inputs))
+        divisors: Tensor = self._divisors  # type: ignore[assignment]
+        with torch.no_grad():
+            counts = [evaluation.counts() for evaluation in evaluations]
+            total = _ranks.sum_over_ranks(torch.stack(counts).sum(0)).clamp(min=1)
+            divisors.copy_(total / (len(counts) * _ranks.world_size()))
+        self._accumulates = True
+        try:
+            yield
+        finally:
+            self._accumulates = False
+
+    def _evaluations_of(self, targets: list[Any], inputs: list[Any] | None) -> list[Evaluation]:
+        if self._divisors is None:
+            raise ArgumentError("accumulate() sums normalizers, but no term has one. Leave it out.")
+        if not targets or (inputs is not None and len(inputs) != len(targets)):
+            found = f"{len(targets)} targets" + ("" if inputs is None else f" and {len(inputs)} inputs")
+            raise ArgumentError(f"accumulate() needs the target of each micro-batch, and as many inputs, not {found}.")
+        for term in self._plan.terms:
+            if any(read.tree == OUTPUT for read in term.counted):
+                raise ArgumentError(
+                    f"Term {term.name!r}: its normalizer reads the output, which accumulate() does not have yet. "
+                    "Count with Target('...') or Input('...')."
+                )
+        return [
+            self._evaluation(None, target, None if inputs is None else inputs[position], None)
+            for position, target in enumerate(targets)
+        ]
+
+    def divisor(self, name: str) -> Tensor | None:
+        """Returns what `accumulate` has a term divided by, or `None` outside of it."""
+        return self._divisors[self.weights._names.index(name)] if self._accumulates else None  # type: ignore[index]
 
     def value_and_grad(
         self, output: Any, target: Any = None, *, input: Any = None, sample_weight: Any = None
@@ -223,13 +364,14 @@ class PathLossModule(nn.Module):
 
         if self._compiled_pass is not None:
             total, gradients, own = self._compiled_pass(output, target, input, sample_weight, scale, every=False)
-            for position in range(len(leaves) if consume else 0):
-                release(position)
         else:
             result = self._pass(
                 output, target, input, sample_weight, leaves, parameters, scale, False, release if consume else None
             )
             total, gradients, own = result.total, result.leaves, result.parameters
+        for position, gradient in enumerate(gradients if consume else ()):  # what was not let go of on the way
+            if gradient is not None:
+                release(position)
         _backward.into_model(tensors, [*gradients, *own])
         return total
 
@@ -250,7 +392,7 @@ class PathLossModule(nn.Module):
         criteria, weights and sources, and what is absent or does not fit. A string; rich prints it in colours.
         """
         evaluation = self._evaluation(output, target, input, None)
-        return _inspect.explain(evaluation, self.weights.value.tolist())
+        return _inspect.explain(evaluation, self.weights.texts())
 
     def check(self, output: Any, target: Any = None, *, input: Any = None, sample_weight: Any = None) -> None:
         """Raises on everything that a call could raise on, in one message.
@@ -264,7 +406,7 @@ class PathLossModule(nn.Module):
             evaluation = self._evaluation(output, target, input, sample_weight)
         except PathLossError as error:
             raise CheckError(str(error)) from None
-        _inspect.check(evaluation, self._uncovered)
+        _inspect.check(evaluation, self._uncovered, self.weighting)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Raises if a parameter of the criterion is not trained by the optimizer.
@@ -315,6 +457,8 @@ class PathLossModule(nn.Module):
         Raises:
             CompileError: at the first call, if a criterion cannot be traced; it names the term.
         """
+        if self.weighting is not None and self.weighting.feature is not None:
+            raise CompileError(_compile.NO_FEATURE)
         options = _compile.arguments(kwargs)
         super().compile(**options)
 
@@ -332,7 +476,9 @@ class PathLossModule(nn.Module):
         return {**state, "_compiled_pass": None}
 
     def _evaluation(self, output: Any, target: Any, input: Any, sample_weight: Any) -> Evaluation:
-        return Evaluation(self._plan, self, (output, target, input), sample_weight, self.weights.value.device)
+        weights: Any = self._modules["weights"]
+        trees = (output, target, input)
+        return Evaluation(self._plan, self, trees, sample_weight, weights._buffers["value"].device, weights.inactive)
 
     def _forward_with_gradients(self, output: Any, target: Any, input: Any, sample_weight: Any) -> Tensor:
         _, leaves = _backward.leaves_of(output, every=False)
@@ -361,21 +507,41 @@ class PathLossModule(nn.Module):
         release: Callable[[int], None] | None = None,
     ) -> _backward.Pass:
         """Computes the total and its gradients, and records them in `last`."""
-        weights = self.weights.value
 
         def evaluate(cut: Any) -> Evaluation:
-            return Evaluation(self._plan, self, (cut, target, input), sample_weight, weights.device)
+            return self._evaluation(cut, target, input, sample_weight)
 
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
-        if not torch.compiler.is_compiling():
+        weighting = self.weighting
+        if weighting is not None and weighting.uses_gradients:
+            feature = self._feature(weighting, output)
+            result = _backward.balanced(evaluate, output, leaves, parameters, self._combine, scale, every, feature)
+        elif not torch.compiler.is_compiling() and weighting is None:
+            weights = self.weights.value
             result = _backward.term_by_term(evaluate, output, leaves, parameters, weights, scale, every, release)
-        elif parameters or torch._dynamo.config.trace_autograd_ops:
-            result = _backward.at_once(evaluate, output, leaves, parameters, weights, scale, every)
+        elif parameters or not torch.compiler.is_compiling() or torch._dynamo.config.trace_autograd_ops:
+            result = _backward.at_once(evaluate, output, leaves, parameters, self._combine, scale, every)
         else:
-            result = _backward.functional(evaluate, output, leaves, weights, every)
-        self.last.write(result.values, result.stacked, result.present, weights, result.total)
+            result = _backward.functional(evaluate, output, leaves, self._combine, every)
+        self.last.write(result.values, result.stacked, result.present, result.weights, result.total)
         return result
+
+    def _feature(self, weighting: Weighting, output: Any) -> Tensor | None:
+        """Returns the tensor of the output at which a weighting wants the norms of gradients."""
+        if weighting.feature is None:
+            return None
+        if torch.compiler.is_compiling():
+            raise ArgumentError(_compile.NO_FEATURE)
+        path = _paths.parse(weighting.feature)
+        feature = _tree.walk(output, path, TREES[OUTPUT])
+        if not isinstance(feature, Tensor) or not feature.requires_grad:
+            found = "a tensor without gradient" if isinstance(feature, Tensor) else _tree.describe(feature)
+            raise ArgumentError(
+                f"The weighting {type(weighting).__name__} takes the norms of gradients at {_paths.format(path)!r} "
+                f"of the output, but that is {found}. It must be a tensor of the model's graph."
+            )
+        return feature
 
     def _traced_pass(
         self, output: Any, target: Any, input: Any, sample_weight: Any, scale: Tensor | None, every: bool
@@ -394,15 +560,16 @@ class PathLossModule(nn.Module):
         return list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
 
     def __repr__(self) -> str:
-        weights = self.weights.value.tolist()
         rows = [
             [
                 f"({_inspect.shown_name(term.name)}):",
                 callable_name(self.get_submodule(term.call.child)),
-                f"weight {weight:g}",
+                f"weight {weight}",
                 term.sources,
             ]
-            for term, weight in zip(self._plan.terms, weights, strict=True)
+            for term, weight in zip(self._plan.terms, self.weights.texts(), strict=True)
         ]
+        if self.weighting is not None:
+            rows.append(["(weighting):", repr(self.weighting), "", ""])
         lines = "".join(f"\n  {line}" for line in _inspect.columns(rows))
         return f"{type(self).__name__}({lines}\n)"

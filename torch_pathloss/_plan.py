@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from torch_pathloss import _paths
-from torch_pathloss._errors import ConstructionError, PathLossError, PathSyntaxError, UnknownTermError, listed
+from torch_pathloss._errors import (
+    ArgumentError,
+    ConstructionError,
+    PathLossError,
+    PathSyntaxError,
+    UnknownTermError,
+    listed,
+)
 from torch_pathloss._names import Names
 from torch_pathloss._paths import Name, Path
 from torch_pathloss._term import (
@@ -24,12 +32,16 @@ from torch_pathloss._term import (
     Term,
     arguments_text,
     callable_name,
+    is_classwise,
     is_elementwise,
+    is_schedule,
     not_a_call,
     not_a_criterion,
     not_a_weight,
+    options_text,
     with_defaults,
 )
+from torch_pathloss.schedules import value_at
 
 OUTPUT, TARGET, INPUT = range(3)
 TREES = ("output", "target", "input")
@@ -66,6 +78,13 @@ class Constant:
     value: Any
 
 
+@dataclass(frozen=True)
+class Condition:
+    """A child module that makes the mask of a term from the whole output and target."""
+
+    child: str
+
+
 Argument: TypeAlias = Read | Computed | Stored | Constant
 
 
@@ -77,6 +96,7 @@ class Call:
     positional: tuple[Argument, ...]
     keywords: tuple[tuple[str, Argument], ...] = ()
     is_elementwise: bool = False
+    is_classwise: bool = False
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
@@ -98,6 +118,10 @@ class TermPlan:
     """Every node that the term reads, through shared computations too."""
     driver: Read | None
     """The read whose matches the term is summed over, if it is a pattern."""
+    where: Argument | Condition | None = None
+    normalizer: Argument | None = None
+    counted: tuple[Read, ...] = ()
+    """Every node that the normalizer reads."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +140,8 @@ class Bound:
 
     plan: Plan
     names: Names
-    weights: tuple[float | Tensor, ...]
+    weights: tuple[Any, ...]
+    """Floats, 0-dim tensors and schedules."""
     modules: dict[str, nn.Module]
     tensors: dict[str, Tensor]
 
@@ -198,7 +223,7 @@ class _Binder:
     def plan(self, terms: tuple[TermPlan, ...]) -> Plan:
         users: dict[int, list[int]] = {}
         for position, term in enumerate(terms):
-            for index in _computed(term.call, self.shared):
+            for index in _computed_by(term, self.shared):
                 users.setdefault(index, []).append(position)
         boundaries = tuple(
             not any(min(positions) <= position < max(positions) for positions in users.values())
@@ -228,7 +253,7 @@ class _Binder:
                 terms.append((name, Term(value)))
         return names, terms
 
-    def weights(self, weights: Any, names: Names, values: list[float | Tensor]) -> tuple[float | Tensor, ...]:
+    def weights(self, weights: Any, names: Names, values: list[Any]) -> tuple[Any, ...]:
         given: set[int] = set()
         if weights is not None and not _is_nested(weights) and names.find(Name(())) is None:
             self.problems.append(f"weights= must be a mapping from names of terms to weights, not {weights!r}.")
@@ -244,11 +269,17 @@ class _Binder:
                 self.problems.append(f"The weight of {text!r} is given twice in weights=.")
             elif problem := not_a_weight(value):
                 self.problems.append(f"The weight of {text!r}: {problem}")
-            elif isinstance(values[position], Tensor) or values[position] != 1.0:
+            elif not isinstance(values[position], numbers.Real) or values[position] != 1.0:
                 self.problems.append(f"The weight of {text!r} is given both in its Term and in weights=. Give it once.")
             else:
                 values[position] = value
             given.add(position)
+        for text, value in zip(names, values, strict=True):
+            if is_schedule(value):
+                try:
+                    value_at(value, 0)
+                except ArgumentError as error:
+                    self.problems.append(f"The weight of {text!r}: {error}")
         return tuple(values)
 
     def term(self, name: Name, term: Term) -> TermPlan | None:
@@ -262,10 +293,18 @@ class _Binder:
             self.problems.append(f"Term {text!r} has no source, only constants. Name at least one Output('...').")
             return None
         self.modules[child] = self.module(term.criterion)
-        call = self.call(child, positional, keywords, is_elementwise(term.criterion))
-        reads = self.reads(call)
+        call = self.call(child, positional, keywords)
+        call = replace(call, is_elementwise=is_elementwise(term.criterion), is_classwise=is_classwise(term.criterion))
+        reads = self.reads(call.arguments)
+        where, normalizer = self.condition(term, child), self.normalizer(term)
         try:
-            driver = _driver(reads)
+            driver = _driver(reads, () if where is None or isinstance(where, Condition) else self.reads((where,)))
+            counted = () if normalizer is None else self.reads((normalizer,))
+            if any(read.is_pattern for read in counted):
+                raise PathLossError(
+                    f"the normalizer {term.normalizer!r} is a pattern. Its count serves all matches, so that every "
+                    "process adds up one number; make it with Shared(function, Target('...'))."
+                )
         except PathLossError as error:
             self.problems.append(f"Term {text!r}: {error}")
             return None
@@ -274,24 +313,34 @@ class _Binder:
             path=name.path,
             path_text=_paths.format(name.path),
             call=call,
-            sources=arguments_text(positional, keywords),
+            sources=", ".join((arguments_text(positional, keywords), *options_text(term))),
             reduction=term.reduction,
             match=term.match,
             reads=reads,
             driver=driver,
+            where=where,
+            normalizer=normalizer,
+            counted=counted,
         )
+
+    def condition(self, term: Term, child: str) -> Argument | Condition | None:
+        if term.where is None or isinstance(term.where, Source):
+            return None if term.where is None else self.argument(term.where, "")
+        name = f"{child}~where"
+        self.modules[name] = self.module(term.where)
+        return Condition(name)
+
+    def normalizer(self, term: Term) -> Argument | None:
+        return None if term.normalizer is None else self.argument(term.normalizer, "")
 
     def module(self, function: Callable[..., Any]) -> nn.Module:
         return function if isinstance(function, nn.Module) else FunctionCriterion(function)
 
-    def call(
-        self, child: str, positional: tuple[Any, ...], keywords: dict[str, Any], is_elementwise: bool = False
-    ) -> Call:
+    def call(self, child: str, positional: tuple[Any, ...], keywords: dict[str, Any]) -> Call:
         return Call(
             child,
             tuple(self.argument(source, f"{child}~={i}") for i, source in enumerate(positional)),
             tuple((key, self.argument(source, f"{child}~={key}")) for key, source in keywords.items()),
-            is_elementwise,
         )
 
     def argument(self, source: Any, name: str) -> Argument:
@@ -322,15 +371,15 @@ class _Binder:
             child = next(n for i in range(1_000_000) if (n := f"{child}:{i}" if i else child) not in self.modules)
             self.modules[child] = self.module(shared.function)
             call = self.call(child, shared.sources, shared.keyword_sources)
-            reads = self.reads(call)
+            reads = self.reads(call.arguments)
             self.shared_positions[key] = len(self.shared)
             self.shared.append(call)
             self.shared_reads.append(reads)
         return self.shared_positions[key]
 
-    def reads(self, call: Call) -> tuple[Read, ...]:
+    def reads(self, arguments: tuple[Argument, ...]) -> tuple[Read, ...]:
         found: list[Read] = []
-        for argument in call.arguments:
+        for argument in arguments:
             if isinstance(argument, Read):
                 found.append(argument)
             elif isinstance(argument, Computed):
@@ -338,10 +387,14 @@ class _Binder:
         return tuple(dict.fromkeys(found))
 
 
-def _computed(call: Call, shared: list[Call]) -> set[int]:
-    """Returns the shared computations that a call uses, directly or through others."""
-    direct = {argument.index for argument in call.arguments if isinstance(argument, Computed)}
-    return direct.union(*(_computed(shared[index], shared) for index in direct))
+def _computed_by(term: TermPlan, shared: list[Call]) -> set[int]:
+    """Returns the shared computations that a term uses, directly or through others."""
+    return _computed((*term.call.arguments, term.where, term.normalizer), shared)
+
+
+def _computed(arguments: tuple[Any, ...], shared: list[Call]) -> set[int]:
+    direct = {argument.index for argument in arguments if isinstance(argument, Computed)}
+    return direct.union(*(_computed(shared[index].arguments, shared) for index in direct))
 
 
 def _shared_key(shared: Shared) -> Any:
@@ -362,13 +415,15 @@ def _holds_source(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and any(isinstance(v, Source) or _holds_source(v) for v in value)
 
 
-def _driver(reads: tuple[Read, ...]) -> Read | None:
+def _driver(reads: tuple[Read, ...], where: tuple[Read, ...]) -> Read | None:
     patterns = [read for read in reads if read.is_pattern]
     if not patterns:
+        if any(read.is_pattern for read in where):
+            raise PathLossError("where is a pattern, but no source of the criterion is. Write its path out.")
         return None
     driver = next((read for read in patterns if read.tree == OUTPUT), patterns[0])
     wildcards = [entry for entry in driver.path if isinstance(entry, _paths.Wildcard)]
-    for read in patterns:
+    for read in (*patterns, *(read for read in where if read.is_pattern)):
         if [entry for entry in read.path if isinstance(entry, _paths.Wildcard)] != wildcards:
             raise PathLossError(
                 f"the patterns {_paths.format(driver.path)!r} of the {TREES[driver.tree]} and "

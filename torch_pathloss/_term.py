@@ -15,10 +15,14 @@ from torch import Tensor, nn
 from torch_pathloss import _paths
 from torch_pathloss._errors import ConstructionError, listed
 from torch_pathloss._paths import Path
+from torch_pathloss.schedules import Schedule
 
 Criterion: TypeAlias = Callable[..., Tensor]
 Reduction: TypeAlias = Literal["mean", "weighted_mean", "sum"]
 Match: TypeAlias = Literal["sum", "mean"]
+
+Present: TypeAlias = bool | Tensor
+"""Whether a term is present in a call: a 0-dim bool tensor where that depends on data."""
 
 REDUCTIONS = ("mean", "weighted_mean", "sum")
 MATCHES = ("sum", "mean")
@@ -131,24 +135,44 @@ class Term:
     and for a pattern with matches :math:`1, \dots, M` it is :math:`\sum_m v_m`, or :math:`\frac1M \sum_m v_m` with
     ``match="mean"``. It enters the total as :math:`w v`, where :math:`w` is the weight.
 
+    With ``where``, a mask :math:`m` with elements 0 and 1 that stand for samples, the arguments of samples that are
+    not selected are replaced by finite ones before the criterion sees them, and :math:`r` is taken over the selected
+    samples. With ``normalizer``, whose elements add up to :math:`c`, the value is
+
+    .. math::
+        v = \frac{W}{\max(1, \sum_{\text{ranks}} c)} \sum_i \ell_i
+
+    where :math:`W` is the number of processes, so that the mean over them, which DistributedDataParallel takes of the
+    gradients, is that of one process with the whole batch.
+
     Args:
         criterion: a module or any callable that returns a tensor.
         *sources: the positional arguments: `Output`, `Target`, `Input`, `Shared`; any other value is a constant.
             Default: ``Output(path), Target(path)`` for the path under which the term stands.
             A constant tensor becomes a buffer that is not saved, a constant parameter a parameter of the container.
-        weight: the weight :math:`w`: a float or a 0-dim tensor. A source given here is the criterion's keyword
-            argument ``weight`` instead (class weights per batch). Default: 1.0.
+        weight: the weight :math:`w`: a float, a 0-dim tensor or a schedule, a function from the step to a float
+            (see `torch_pathloss.schedules`). A source given here is the criterion's keyword argument ``weight``
+            instead (class weights per batch). Default: 1.0.
         reduction: ``None`` if the criterion returns a scalar. Else what makes a scalar of the unreduced result
             :math:`\ell` with :math:`n` elements and of the sample weights :math:`s` (1 where none are given):
             ``"mean"`` is :math:`\frac1n \sum_i s_i \ell_i` (as Keras does), ``"weighted_mean"`` is
             :math:`\sum_i s_i \ell_i / \sum_i s_i`, and ``"sum"`` is :math:`\sum_i s_i \ell_i`. Default: ``None``.
+        where: which samples the term is computed on: a source, or a callable ``(output, target) -> mask``, of a bool
+            tensor. 0-dim, it switches the whole term; with more dimensions, which are the first ones of the result and
+            of every argument from the output or the target, or for a result of the shape ``(N, d1, ...)`` those of
+            arguments ``(N, C, d1, ...)``, it selects samples. Then the criterion must not reduce by itself, and must
+            treat samples one by one. The value of an empty selection is 0 with zero gradient, and the term counts as
+            absent in `PathLossModule.last` and for a weighting. Default: ``None``, all.
+        normalizer: what a summed value is divided by: a source whose elements add up to a count (boxes, tokens, valid
+            pixels), at least 1, or a number. Summed over the processes of `torch.distributed`, so every process has
+            to call the criterion, and over micro-batches in `PathLossModule.accumulate`. Default: ``None``.
         match: ``"sum"`` or ``"mean"`` over the matches of a pattern. Default: ``"sum"``.
         **keyword_sources: the keyword arguments, as ``sources``. A keyword that names the criterion's first or
             second parameter takes the place of the default source for it.
 
     Raises:
-        ConstructionError: if the criterion is not callable, the weight is not a finite number, or an option is
-            unknown.
+        ConstructionError: if the criterion is not callable, the weight is not a finite number or a schedule, an option
+            is unknown, or a normalizer is given for what is a mean already.
 
     Examples:
         >>> import torch
@@ -161,6 +185,11 @@ class Term:
 
         >>> Term(nn.CTCLoss(), input_lengths=Input("lengths"), target_lengths=Input("text_lengths"))
         Term(CTCLoss(), input_lengths=Input('lengths'), target_lengths=Input('text_lengths'))
+
+        >>> box = Term(nn.L1Loss(reduction="none"), where=Input("has_box"), reduction="mean")
+        >>> output, target = {"box": torch.ones(2, 4)}, {"box": torch.tensor([[3.0] * 4, [torch.nan] * 4])}
+        >>> PathLossModule({"box": box})(output, target, input={"has_box": torch.tensor([True, False])})
+        tensor(2.)
     """
 
     def __init__(
@@ -169,6 +198,8 @@ class Term:
         *sources: Any,
         weight: Any = 1.0,
         reduction: Reduction | None = None,
+        where: Any = None,
+        normalizer: Any = None,
         match: Match = "sum",
         **keyword_sources: Any,
     ) -> None:
@@ -181,6 +212,8 @@ class Term:
                 not_a_criterion(criterion),
                 not_a_weight(weight),
                 _not_one_of("reduction", reduction, (None, *REDUCTIONS)),
+                _not_a_condition(where),
+                _not_a_normalizer(normalizer, reduction, criterion),
                 _not_one_of("match", match, MATCHES),
             )
             if problem
@@ -192,6 +225,8 @@ class Term:
         self.keyword_sources = keyword_sources
         self.weight = weight
         self.reduction = reduction
+        self.where = where
+        self.normalizer = normalizer
         self.match = match
 
     def __repr__(self) -> str:
@@ -202,6 +237,7 @@ class Term:
             shown.append(f"weight={self.weight!r}")
         if self.reduction is not None:
             shown.append(f"reduction={self.reduction!r}")
+        shown.extend(options_text(self))
         if self.match != "sum":
             shown.append(f"match={self.match!r}")
         return f"Term({', '.join(shown)})"
@@ -224,6 +260,43 @@ def _not_one_of(option: str, value: Any, allowed: tuple[Any, ...]) -> str | None
     return f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}."
 
 
+def options_text(term: Term) -> list[str]:
+    """Returns the options of a term that read something, as they stand in a call."""
+    shown = []
+    if term.where is not None:
+        shown.append(f"where={term.where if isinstance(term.where, Source) else callable_name(term.where)}")
+    if term.normalizer is not None:
+        shown.append(f"normalizer={term.normalizer!r}")
+    return shown
+
+
+def _not_a_condition(where: Any) -> str | None:
+    if where is None or isinstance(where, Source) or (callable(where) and not isinstance(where, type)):
+        return None
+    return (
+        f"where must be a source, such as Input('has_box'), or a callable (output, target) -> bool tensor, "
+        f"not {where!r} of type {type(where).__name__}."
+    )
+
+
+def _not_a_normalizer(normalizer: Any, reduction: Any, criterion: Any) -> str | None:
+    if normalizer is None:
+        return None
+    if isinstance(normalizer, bool) or not isinstance(normalizer, (Source, numbers.Real)):
+        return (
+            f"normalizer must be a source, such as Target('count'), or a number, "
+            f"not {normalizer!r} of type {type(normalizer).__name__}."
+        )
+    if reduction in ("mean", "weighted_mean"):
+        return f'normalizer divides a sum, but the reduction is {reduction!r}. Use reduction="sum".'
+    if reduction is None and getattr(criterion, "reduction", None) == "mean":
+        return (
+            f"normalizer divides a sum, but {callable_name(criterion)} returns a mean. "
+            'Build it with reduction="sum", or with reduction="none" and the Term with reduction="sum".'
+        )
+    return None
+
+
 def not_a_criterion(value: Any) -> str | None:
     """Returns what is wrong with a value that should be a criterion, or `None`."""
     if isinstance(value, type):
@@ -234,20 +307,28 @@ def not_a_criterion(value: Any) -> str | None:
 
 
 def not_a_weight(value: Any) -> str | None:
-    """Returns what is wrong with a value that should be a weight, or `None`."""
+    """Returns what is wrong with a value that should be a weight or a schedule, or `None`."""
+    if is_schedule(value):
+        return None
     if isinstance(value, Tensor):
         if value.dim() != 0 or not (value.is_floating_point() or value.dtype in (torch.int32, torch.int64)):
-            return (
-                f"a weight must be a float or a 0-dim tensor, not a {value.dtype} tensor of shape {tuple(value.shape)}."
-            )
+            found = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+            return f"a weight must be a float, a 0-dim tensor or a schedule, not {found}."
         if value.requires_grad:
             return "a weight that requires grad would not be trained, since its value is copied. Pass weight.detach()."
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return f"a weight must be a float or a 0-dim tensor, not {value!r} of type {type(value).__name__}."
+        return f"a weight must be a float, a 0-dim tensor or a schedule, not {value!r} of type {type(value).__name__}."
     if not math.isfinite(value):
         return f"a weight must be finite, not {value!r}."
     return None
+
+
+def is_schedule(weight: Any) -> bool:
+    """Whether a weight is a function of the step."""
+    return isinstance(weight, Schedule) or (
+        callable(weight) and not isinstance(weight, (type, Tensor, nn.Module, Source))
+    )
 
 
 def callable_name(function: Callable[..., Any]) -> str:
@@ -313,6 +394,18 @@ def is_elementwise(criterion: Criterion) -> bool:
         return False
 
 
+_CLASSWISE_FORWARDS = (nn.CrossEntropyLoss.forward, nn.NLLLoss.forward)
+_CLASSWISE_FUNCTIONS = (F.cross_entropy, F.nll_loss)
+
+
+def is_classwise(criterion: Criterion) -> bool:
+    """Whether a criterion is one of torch's whose arguments have the classes in their second dimension."""
+    function = getattr(criterion, "func", criterion)  # a functools.partial
+    if isinstance(function, nn.Module):
+        return type(function).forward in _CLASSWISE_FORWARDS
+    return any(function is known for known in _CLASSWISE_FUNCTIONS)
+
+
 def signature(criterion: Criterion) -> inspect.Signature | None:
     """Returns the signature of a criterion, or `None` where Python cannot tell."""
     try:
@@ -351,7 +444,10 @@ def not_a_call(term: Term, positional: tuple[Any, ...], keywords: dict[str, Any]
     except TypeError as error:
         remedy = "Give its arguments as sources, as in Term(criterion, Output('x'))."
         if "unexpected keyword" in str(error):
-            remedy = "Mend or leave out that keyword; options of the Term are weight, reduction and match."
+            remedy = (
+                "Mend or leave out that keyword; "
+                "the options of Term are weight, reduction, where, normalizer and match."
+            )
         return (
             f"{callable_name(term.criterion)} takes {known} and cannot be called with "
             f"({arguments_text(positional, keywords)}): {error}. {remedy}"
@@ -359,17 +455,33 @@ def not_a_call(term: Term, positional: tuple[Any, ...], keywords: dict[str, Any]
     return None
 
 
-def reduce(result: Tensor, reduction: Reduction, sample_weight: Tensor | None) -> Tensor:
-    """Makes a scalar of an unreduced result; see `Term` for the formulas. At least float32."""
+def reduce(
+    result: Tensor, reduction: Reduction, sample_weight: Tensor | None, selected: Tensor | None = None
+) -> Tensor:
+    """Makes a scalar of an unreduced result; see `Term` for the formulas. At least float32.
+
+    ``selected`` is a mask of at least one dimension; its elements and those of the sample weights stand for the first
+    dimensions of the result.
+    """
     dtype = torch.promote_types(result.dtype, torch.float32)
-    if sample_weight is None:
-        return result.sum(dtype=dtype) if reduction == "sum" else result.mean(dtype=dtype)
-    spread = sample_weight.reshape(sample_weight.shape + (1,) * (result.ndim - sample_weight.ndim))
-    weighted = result * spread
-    if reduction == "mean":
+    weighted = result if sample_weight is None else result * _spread(sample_weight, result)
+    if selected is None and (reduction == "mean" or (reduction == "weighted_mean" and sample_weight is None)):
         return weighted.mean(dtype=dtype)
+    mask = None if selected is None else _spread(selected, result)
+    if mask is not None:
+        weighted = torch.where(mask, weighted, 0)
     total = weighted.sum(dtype=dtype)
     if reduction == "sum":
         return total
-    share = spread.expand(result.shape).sum(dtype=dtype)
-    return total / torch.where(share == 0, 1, share)
+    if sample_weight is None or reduction == "mean":
+        share: Any = mask
+    else:
+        share = _spread(sample_weight, result)
+        share = share if mask is None else torch.where(mask, share, 0)
+    count = share.expand(result.shape).sum(dtype=dtype)
+    return total / torch.where(count == 0, 1, count)
+
+
+def _spread(tensor: Tensor, result: Tensor) -> Tensor:
+    """Returns a tensor of the first dimensions of a result so that it broadcasts over the others."""
+    return tensor.reshape(tensor.shape + (1,) * (result.ndim - tensor.ndim))

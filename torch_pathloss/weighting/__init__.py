@@ -18,6 +18,7 @@ from torch_pathloss.weighting._coefficient_of_variation import CoefficientOfVari
 from torch_pathloss.weighting._ema_normalized import EMANormalized
 from torch_pathloss.weighting._imtl_l import IMTLL
 from torch_pathloss.weighting._relobralo import ReLoBRaLo
+from torch_pathloss.weighting._scalarizer import Scalarizer
 from torch_pathloss.weighting._soft_adapt import SoftAdapt
 from torch_pathloss.weighting._uncertainty import Uncertainty
 from torch_pathloss.weighting._weighted_sum import WeightedSum
@@ -28,6 +29,7 @@ __all__ = [
     "EMANormalized",
     "Factors",
     "ReLoBRaLo",
+    "Scalarizer",
     "SoftAdapt",
     "Uncertainty",
     "Weighted",

@@ -14,6 +14,7 @@ from torch_pathloss._errors import ConstructionError, PathLossError, listed
 from torch_pathloss._names import Names, names_from_tensor, names_to_tensor
 from torch_pathloss._paths import Path
 from torch_pathloss._ranks import sum_over_ranks, world_size
+from torch_pathloss._term import Present
 
 Self = TypeVar("Self", bound="Weighting")
 Option = TypeVar("Option")
@@ -36,7 +37,12 @@ class Weighting(nn.Module, ABC):
     """
 
     uses_gradients: ClassVar[bool] = False
-    """Whether `forward` needs ``norms``: the norm of the gradient of each term's value at the outputs."""
+    """Whether `forward` is given ``norms``, the norm of the gradient of each value at the outputs, in calls that record
+    gradients. Such a weighting has no parameters, which would get no gradient; its total is the sum of weight times
+    value."""
+
+    feature: str | Path | None = None
+    """The path in the output of the tensor at which ``norms`` are taken instead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,6 +104,9 @@ class Weighting(nn.Module, ABC):
     def updates(self) -> bool:
         """Whether a call changes the state: in training mode, and where gradients are recorded."""
         return self.training and torch.is_grad_enabled()
+
+    def check_present(self, present: Sequence[Present]) -> None:
+        """Raises if the weighting cannot do without a term that is absent."""
 
     def get_extra_state(self) -> Tensor:
         """Returns the names as a tensor of bytes, so that a checkpoint gives state to the term that it belongs to."""
