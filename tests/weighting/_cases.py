@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_pathloss.weighting import IMTLL, GradNorm, OutputBalancer, Uncertainty, WeightedSum, Weighting
+from torch_pathloss.weighting import (
+    IMTLL,
+    CoefficientOfVariation,
+    EMANormalized,
+    GradNorm,
+    OutputBalancer,
+    ReLoBRaLo,
+    SoftAdapt,
+    Uncertainty,
+    WeightedSum,
+    Weighting,
+)
 
 NAMES = ("a", "b.c", "d.*")
 
@@ -44,6 +55,15 @@ CASES = [
     Case("IMTLL", IMTLL),
     Case("GradNorm", GradNorm),
     Case("OutputBalancer", lambda: OutputBalancer(decay=0.9)),
+    Case("EMANormalized", EMANormalized),
+    Case("EMANormalized, initial", lambda: EMANormalized(scale="initial", initial_updates=4)),
+    Case("EMANormalized, scale mean", lambda: EMANormalized(scale="mean")),
+    Case("CoefficientOfVariation", CoefficientOfVariation),
+    Case("CoefficientOfVariation, decay", lambda: CoefficientOfVariation(decay=0.9)),
+    Case("SoftAdapt, original", lambda: SoftAdapt("original", window=3, every=1)),
+    Case("SoftAdapt, normalized", lambda: SoftAdapt("normalized", window=3, every=2)),
+    Case("SoftAdapt, loss_weighted", lambda: SoftAdapt("loss_weighted", window=2)),
+    Case("ReLoBRaLo", lambda: ReLoBRaLo(rho=0.5, alpha=0.9, temperature=1.0)),
 ]
 
 

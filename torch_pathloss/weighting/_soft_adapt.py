@@ -32,9 +32,9 @@ class SoftAdapt(Factors):
         - ``"loss_weighted"``: :math:`r_k = s_k`, and :math:`g_k` is the magnitude of the mean of the last
           `window` values, thought positive.
 
-    The factors are computed anew each `every` updates and are constant in between. They sum to 1 over the terms that
-    are seen; a term has an equal share until it was seen in `window` updates. (The authors' example starts with factors
-    of 1 instead, from where the total falls at once by the number of terms.)
+    Slope and mean of a term are computed anew after each `every` updates in which it was seen, and are constant in
+    between. The factors sum to 1 over the terms that are seen; a term has an equal share until its window is full.
+    (The authors' example starts with factors of 1 instead, from where the total falls at once by the number of terms.)
 
     Public implementations disagree. This is the authors' package since 2022 (``softadapt``, whose published numbers the
     tests have). Their first script divides slopes by the sum of *magnitudes*, and multiplies by the losses in all three
@@ -49,7 +49,7 @@ class SoftAdapt(Factors):
         window: how many values of each term are kept, at least 2. Default: 5, as in the authors' example.
         accuracy_order: :math:`p`, from 1 to ``window - 1``. Default: ``window - 1``, as in the authors' package. The
             coefficients grow with it, and with them the noise of the batches: 1 is the difference of two values.
-        every: how many updates the factors stay. Default: ``window``, as in the authors' example.
+        every: after how many updates a slope is computed anew. Default: ``window``, as in the authors' example.
         weighted_mean: whether the effective weights are divided by their sum. Default: ``False``.
 
     Raises:
@@ -76,7 +76,6 @@ class SoftAdapt(Factors):
     level: Tensor
     count: Tensor
     ready: Tensor
-    updates_done: Tensor
     coefficients: Tensor
 
     def __init__(
@@ -116,7 +115,6 @@ class SoftAdapt(Factors):
         self.register_buffer("level", torch.zeros(len(names)))
         self.register_buffer("count", torch.zeros(len(names), dtype=torch.int64))
         self.register_buffer("ready", torch.zeros(len(names), dtype=torch.bool))
-        self.register_buffer("updates_done", torch.zeros((), dtype=torch.int64))
         self.register_buffer("coefficients", _forward_difference(self.accuracy_order)[:, None], persistent=False)
 
     def factors(self, values: Tensor, seen: Tensor, update: bool) -> Tensor:
@@ -136,9 +134,8 @@ class SoftAdapt(Factors):
     def _record(self, values: Tensor, seen: Tensor) -> None:
         self.history.copy_(torch.where(seen, torch.cat([self.history[1:], values[None]]), self.history))
         self.count.add_(seen)
-        self.updates_done.add_(1)
         slope = (self.coefficients * self.history[-self.accuracy_order - 1 :]).sum(0)
-        due = (self.updates_done % self.every == 0) & (self.count >= self.window) & slope.isfinite()
+        due = seen & (self.count % self.every == 0) & (self.count >= self.window) & slope.isfinite()
         self.slope.copy_(torch.where(due, slope, self.slope))
         self.level.copy_(torch.where(due, self.history.mean(0).abs(), self.level))
         self.ready.logical_or_(due)
