@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_pathloss.weighting import IMTLL, Uncertainty, WeightedSum, Weighting
+from torch_pathloss.weighting import FAMO, IMTLL, DynamicWeightAverage, Uncertainty, WeightedSum, Weighting
 
 NAMES = ("a", "b.c", "d.*")
 
@@ -42,6 +42,19 @@ CASES = [
         lambda: Uncertainty({"b.c": "classification"}, regularizer="log1p", log_variance={"a": -0.5}),
     ),
     Case("IMTLL", IMTLL),
+    Case(
+        "DynamicWeightAverage",
+        DynamicWeightAverage,
+        after=lambda weighting, step, *_: weighting.end_epoch() if step % 3 == 2 else None,
+    ),
+    Case("DynamicWeightAverage, window", lambda: DynamicWeightAverage(2, temperature=0.5, weighted_mean=True)),
+    Case("FAMO", FAMO, ["before", "shares"], lambda weighting, step, *after: weighting.update(*after)),
+    Case(
+        "FAMO, SGD",
+        lambda: FAMO({"a": 0.01}, optimizer="sgd"),
+        ["before", "shares"],
+        lambda weighting, step, *after: weighting.update(*after),
+    ),
 ]
 
 

@@ -14,9 +14,21 @@ Examples:
 """
 
 from torch_pathloss.weighting._base import Factors, Weighted, Weighting
+from torch_pathloss.weighting._dynamic_weight_average import DynamicWeightAverage
+from torch_pathloss.weighting._famo import FAMO
 from torch_pathloss.weighting._imtl_l import IMTLL
 from torch_pathloss.weighting._scalarizer import Scalarizer
 from torch_pathloss.weighting._uncertainty import Uncertainty
 from torch_pathloss.weighting._weighted_sum import WeightedSum
 
-__all__ = ["IMTLL", "Factors", "Scalarizer", "Uncertainty", "Weighted", "WeightedSum", "Weighting"]
+__all__ = [
+    "FAMO",
+    "IMTLL",
+    "DynamicWeightAverage",
+    "Factors",
+    "Scalarizer",
+    "Uncertainty",
+    "Weighted",
+    "WeightedSum",
+    "Weighting",
+]
