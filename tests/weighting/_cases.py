@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from torch_pathloss.weighting import (
+    FAMO,
     IMTLL,
     CoefficientOfVariation,
+    DynamicWeightAverage,
     EMANormalized,
     GradNorm,
     OutputBalancer,
@@ -64,6 +66,19 @@ CASES = [
     Case("SoftAdapt, normalized", lambda: SoftAdapt("normalized", window=3, every=2)),
     Case("SoftAdapt, loss_weighted", lambda: SoftAdapt("loss_weighted", window=2)),
     Case("ReLoBRaLo", lambda: ReLoBRaLo(rho=0.5, alpha=0.9, temperature=1.0)),
+    Case(
+        "DynamicWeightAverage",
+        DynamicWeightAverage,
+        after=lambda weighting, step, *_: weighting.end_epoch() if step % 3 == 2 else None,
+    ),
+    Case("DynamicWeightAverage, window", lambda: DynamicWeightAverage(2, temperature=0.5, weighted_mean=True)),
+    Case("FAMO", FAMO, ["before", "shares"], lambda weighting, step, *after: weighting.update(*after)),
+    Case(
+        "FAMO, SGD",
+        lambda: FAMO({"a": 0.01}, optimizer="sgd"),
+        ["before", "shares"],
+        lambda weighting, step, *after: weighting.update(*after),
+    ),
 ]
 
 

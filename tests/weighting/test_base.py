@@ -5,7 +5,7 @@ import torch
 
 from torch_pathloss import ConstructionError
 from torch_pathloss.weighting import WeightedSum
-from torch_pathloss.weighting._base import mean_over_ranks, over_ranks
+from torch_pathloss.weighting._base import equal_to, over_ranks
 
 
 def test_a_weighting_serves_one_criterion():
@@ -32,11 +32,10 @@ def test_values_that_are_not_finite_are_not_counted():
     assert seen.tolist() == [True, False, False, False]
 
 
-def test_the_mean_over_one_process_is_the_value_with_its_gradient():
-    values = torch.tensor([1.1, 0.3, torch.inf], requires_grad=True)
-    mean, seen = mean_over_ranks(values, torch.tensor([True, False, True]), together=True)
-    assert mean[:2].tolist() == [values[0].item(), 0]
-    assert mean[2].isnan()
-    assert seen.tolist() == [True, False, True]
-    mean[:2].sum().backward()
+def test_a_value_that_equals_the_mean_over_processes_has_its_own_gradient():
+    values, seen = torch.tensor([1.1, 0.3, torch.inf], requires_grad=True), torch.tensor([True, False, True])
+    found = equal_to(torch.tensor([2.7, 0.4, 0.0]), values, seen)
+    assert found[:2].tolist() == torch.tensor([2.7, 0.4]).tolist()
+    assert found[2].isnan()
+    found[:2].sum().backward()
     assert values.grad.tolist() == [1, 0, 0]

@@ -191,14 +191,13 @@ def over_ranks(values: Tensor, seen: Tensor, together: bool = True) -> tuple[Ten
     return summed[0] / summed[1].clamp(min=1), summed[1] > 0
 
 
-def mean_over_ranks(values: Tensor, seen: Tensor, together: bool) -> tuple[Tensor, Tensor]:
-    """Returns values that equal those of `over_ranks` and are differentiable by this process's own, and which are seen.
+def equal_to(mean: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Returns a tensor that equals the mean values of `over_ranks`, and whose derivative by this process's own is 1.
 
-    For a total that is no sum: with the mean values every process has the same effective weights, so that the mean of
-    the gradients over the processes is the gradient of the total. A value that is not finite becomes NaN, and is seen.
+    For a total that is no sum: made of the mean values, it gives every process the same effective weights, so that the
+    mean of the gradients over the processes is the gradient of the total. NaN where an own value is not finite.
     """
-    mean, anywhere = over_ranks(values.detach(), seen, together)
-    return torch.where(seen, values - values.detach(), 0) + mean, anywhere | seen
+    return torch.where(seen, values - values.detach(), 0) + mean
 
 
 def _refuse_other_names(
