@@ -267,15 +267,35 @@ def term_by_term(
     return Pass(total, values, stacked, weights, present, gradients.sums[:split], gradients.sums[split:])
 
 
-def of_each_term(evaluate: Evaluate, output: Any, leaves: list[Tensor]) -> Iterator[Gradients]:
-    """Yields the gradients of each unweighted value at the leaves."""
+class OfTerm(NamedTuple):
+    """What differentiating one term gives, all of it detached."""
+
+    value: Tensor
+    present: Present
+    leaves: Gradients
+    parameters: Gradients
+
+
+def of_each_term(
+    evaluate: Evaluate, output: Any, leaves: list[Tensor], parameters: Sequence[Tensor] = (), every: bool = True
+) -> Iterator[OfTerm]:
+    """Yields the gradients of each unweighted value at the leaves, and of the criterion's parameters."""
     copies = [leaf.detach().requires_grad_() for leaf in leaves]
-    evaluation = evaluate(replaced(output, copies, every=True))
+    evaluation = evaluate(replaced(output, copies, every))
     for term in evaluation.plan.terms:
         with torch.enable_grad():
-            (value,), _ = evaluation.values([term])
+            (value,), (present,) = evaluation.values([term])
         evaluation.computed.clear()
-        yield _differentiate(value, copies, None)
+        found = _differentiate(value, [*copies, *parameters], None)
+        yield OfTerm(value.detach(), present, found[: len(copies)], found[len(copies) :])
+
+
+class Rows(NamedTuple):
+    """The weighted gradients of each term, at the leaves and then of the criterion's parameters; all of it detached."""
+
+    total: Tensor
+    present: list[Present]
+    rows: list[Gradients]
 
 
 def _run(
