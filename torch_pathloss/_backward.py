@@ -164,7 +164,8 @@ def balanced(
     values, present, rows = _gradients_of_terms(evaluate, output, leaves, parameters, every)
     with torch.no_grad():
         norms = torch.stack([_norm(_at_feature(row, leaves, feature), values[0]) for row in rows])
-        total, stacked, weights = combine(values, present, norms)
+        with torch.enable_grad():  # by which a weighting knows that it is training
+            total, stacked, weights = combine(values, present, norms)
         factors = weights if scale is None else weights * scale
         merged = _Sum(len(leaves) + len(parameters))
         for position, row in enumerate(rows):

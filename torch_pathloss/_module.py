@@ -607,13 +607,13 @@ class PathLossModule(nn.Module):
             return None
         if torch.compiler.is_compiling():
             raise ArgumentError(_compile.NO_FEATURE)
-        path = _paths.parse(weighting.feature)
-        feature = _tree.walk(output, path, TREES[OUTPUT])
+        feature = _tree.walk(output, weighting.feature, TREES[OUTPUT])
         if not isinstance(feature, Tensor) or not feature.requires_grad:
             found = "a tensor without gradient" if isinstance(feature, Tensor) else _tree.describe(feature)
             raise ArgumentError(
-                f"The weighting {type(weighting).__name__} takes the norms of gradients at {_paths.format(path)!r} "
-                f"of the output, but that is {found}. It must be a tensor of the model's graph."
+                f"The weighting {type(weighting).__name__} takes the norms of gradients at "
+                f"{_paths.format(weighting.feature)!r} of the output, but that is {found}. "
+                "It must be a tensor of the model's graph."
             )
         return feature
 
