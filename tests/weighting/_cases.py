@@ -8,7 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_pathloss.weighting import FAMO, IMTLL, DynamicWeightAverage, Uncertainty, WeightedSum, Weighting
+from torch_pathloss.weighting import (
+    FAMO,
+    IMTLL,
+    DynamicWeightAverage,
+    GeometricMean,
+    RandomWeighting,
+    SmoothTchebycheff,
+    Uncertainty,
+    WeightedSum,
+    Weighting,
+)
 
 NAMES = ("a", "b.c", "d.*")
 
@@ -55,6 +65,12 @@ CASES = [
         ["before", "shares"],
         lambda weighting, step, *after: weighting.update(*after),
     ),
+    Case("GeometricMean", GeometricMean),
+    Case("GeometricMean, offset", lambda: GeometricMean(offset=0.5)),
+    Case("RandomWeighting", RandomWeighting),
+    Case("RandomWeighting, Dirichlet", lambda: RandomWeighting("dirichlet", seed=5)),
+    Case("SmoothTchebycheff", lambda: SmoothTchebycheff(10.0, ideal={"b.c": 20.0})),
+    Case("SmoothTchebycheff, running", lambda: SmoothTchebycheff(3.0, ideal="running")),
 ]
 
 

@@ -16,8 +16,11 @@ Examples:
 from torch_pathloss.weighting._base import Factors, Weighted, Weighting
 from torch_pathloss.weighting._dynamic_weight_average import DynamicWeightAverage
 from torch_pathloss.weighting._famo import FAMO
+from torch_pathloss.weighting._geometric_mean import GeometricMean
 from torch_pathloss.weighting._imtl_l import IMTLL
+from torch_pathloss.weighting._random_weighting import RandomWeighting
 from torch_pathloss.weighting._scalarizer import Scalarizer
+from torch_pathloss.weighting._smooth_tchebycheff import SmoothTchebycheff
 from torch_pathloss.weighting._uncertainty import Uncertainty
 from torch_pathloss.weighting._weighted_sum import WeightedSum
 
@@ -26,7 +29,10 @@ __all__ = [
     "IMTLL",
     "DynamicWeightAverage",
     "Factors",
+    "GeometricMean",
+    "RandomWeighting",
     "Scalarizer",
+    "SmoothTchebycheff",
     "Uncertainty",
     "Weighted",
     "WeightedSum",
