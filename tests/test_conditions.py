@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from torch_pathloss import (
     ArgumentError,
@@ -23,6 +28,13 @@ from torch_pathloss import (
     Target,
     Term,
 )
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    yield
+    torch._dynamo.reset()
+
 
 MASK = torch.tensor([False, True, True, False, True, False])
 N = len(MASK)
@@ -244,7 +256,7 @@ def test_a_mask_without_dimensions_switches_the_whole_term(some, reduces):
     assert not module.last.present["t"]
 
 
-def randn_like_output(*shape: int) -> Tensor:
+def leaf(*shape: int) -> Tensor:
     return torch.randn(*shape, requires_grad=True)
 
 
@@ -258,7 +270,7 @@ PIXELS = torch.tensor([[[True, False, True], [False, False, True]], [[False, Tru
 )
 @pytest.mark.parametrize("channels", [4, 2, 3], ids=["4 classes", "as many classes as samples", "as rows"])
 def test_cross_entropy_of_pixels_takes_a_mask_of_pixels(criterion, channels):
-    x = randn_like_output(2, channels, 2, 3)
+    x = leaf(2, channels, 2, 3)
     y = torch.where(PIXELS, torch.randint(channels, (2, 2, 3)), -1)
     module = PathLossModule({"x": Term(criterion, where=Input("known"), reduction="mean")})
     with torch.no_grad():
@@ -270,7 +282,7 @@ def test_cross_entropy_of_pixels_takes_a_mask_of_pixels(criterion, channels):
 
 
 def test_cross_entropy_of_pixels_takes_probabilities_whose_every_dimension_is_equal():
-    x, y = randn_like_output(3, 3, 3), torch.rand(3, 3, 3).softmax(1)
+    x, y = leaf(3, 3, 3), torch.rand(3, 3, 3).softmax(1)
     known = torch.tensor([[True, False, False], [False, False, True], [True, True, False]])
     module = PathLossModule({"x": Term(nn.CrossEntropyLoss(reduction="none"), where=Input("known"), reduction="sum")})
     loss = module({"x": x}, {"x": y}, input={"known": known})
@@ -281,7 +293,7 @@ def test_cross_entropy_of_pixels_takes_probabilities_whose_every_dimension_is_eq
 @pytest.mark.parametrize("shape", [(2, 2), (2, 2, 3)], ids=["by row", "by element"])
 def test_a_mask_of_elements_selects_elements(shape):
     known = PIXELS if shape == (2, 2, 3) else PIXELS[:, :, 0]
-    x = randn_like_output(2, 2, 3)
+    x = leaf(2, 2, 3)
     y = torch.where(known.reshape(*shape, *(1,) * (3 - len(shape))), torch.randn(2, 2, 3), torch.nan)
     module = PathLossModule({"x": Term(nn.SmoothL1Loss(reduction="none"), where=Input("known"), reduction="mean")})
     loss = module({"x": x}, {"x": y}, input={"known": known})
@@ -304,7 +316,7 @@ def test_a_cube_whose_second_dimension_could_be_classes_is_refused():
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_an_empty_batch_is_an_empty_selection(reduction):
     module = PathLossModule({"x": Term(nn.MSELoss(reduction="none"), where=Input("known"), reduction=reduction)})
-    x = randn_like_output(0, 4)
+    x = leaf(0, 4)
     loss = module({"x": x}, {"x": torch.ones(0, 4)}, input={"known": torch.ones(0, dtype=torch.bool)})
     loss.backward()
     assert loss.item() == 0
@@ -315,7 +327,7 @@ def test_an_empty_batch_is_an_empty_selection(reduction):
 @pytest.mark.parametrize("known", [True, False])
 def test_one_sample_is_selected_or_not(known):
     module = PathLossModule({"x": Term(nn.MSELoss(reduction="none"), where=Input("known"), reduction="mean")})
-    x = randn_like_output(1, 4)
+    x = leaf(1, 4)
     y = torch.ones(1, 4) if known else torch.full((1, 4), torch.nan)
     loss = module({"x": x}, {"x": y}, input={"known": torch.tensor([known])})
     loss.backward()
@@ -474,8 +486,8 @@ REFUSED = 'Build the criterion with reduction="none" and wrap it as Term(criteri
         ),
         (
             unreduced_mse(where=Input("pairs")),
-            "Term 'x': its where has shape (2,), but an argument has shape (3,). The first dimensions of every argument "
-            "from the output and the target must be those of where, or those of (N, C, d1, ...) where it is "
+            "Term 'x': its where has shape (2,), but an argument has shape (3,). The first dimensions of every "
+            "argument from the output and the target must be those of where, or those of (N, C, d1, ...) where it is "
             "(N, d1, ...). Give what is not per sample as an Input or a constant.",
         ),
         (
@@ -590,40 +602,38 @@ def test_gradcheck(known):
 
 
 def every_kind() -> PathLossModule:
-    """Conditional terms of every kind on one batch."""
-    known = Shared(lambda y: ~y.isnan(), Target("age"))
+    """Conditional terms of every kind."""
+    known = Shared(lambda y: ~y.isnan().any(1), Target("age"))
+    unreduced_ce = nn.CrossEntropyLoss(reduction="none")
     return PathLossModule(
         {
             "age": Term(nn.MSELoss(reduction="none"), where=known, reduction="mean"),
             "age:own": Term(Scaled(), where=known, reduction="sum"),
-            "label": Term(nn.CrossEntropyLoss(reduction="none"), where=Input("labelled"), reduction="weighted_mean"),
-            "mask": Term(nn.CrossEntropyLoss(reduction="none"), where=Target("valid"), reduction="mean"),
+            "label": Term(unreduced_ce, where=Input("labelled"), reduction="weighted_mean"),
+            "mask": Term(unreduced_ce, where=Target("valid"), reduction="mean"),
             "box": Term(nn.SmoothL1Loss(), where=lambda output, target: target["box"].isfinite().all()),
             "aux.*": Term(hard, target=Target("score"), where=Target("scored"), reduction="mean", match="mean"),
         }
     )
 
 
-def batch(seed: int, *, nothing: bool = False) -> tuple[Any, Any, Any, Any]:
+def batch(seed: int, share: float = 0.5) -> tuple[Any, Any, dict[str, Any]]:
+    """Returns output, target and keywords with that share of samples selected, and poison in all others."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
+        return torch.rand(shape, generator=generator)
 
-    def mask(*shape: int) -> Tensor:
-        return rand(*shape) < (0 if nothing else 0.5)
-
-    age, labelled, valid, box, scored = mask(5), mask(5), mask(2, 3, 3), mask(), mask(5)
+    age, labelled, valid, box, scored = (rand(*shape) < share for shape in ((5,), (5,), (2, 3, 3), (), (5,)))
     output = {
-        "age": torch.where(age, rand(5, 1).expand(5, 4).T, torch.nan).T.contiguous(),
+        "age": torch.where(age[:, None], rand(5, 4), torch.nan),
         "label": torch.where(labelled[:, None], rand(5, 3), torch.inf),
         "mask": torch.where(valid[:, None], rand(2, 4, 3, 3), torch.nan),
-        "box": rand(5, 4),
+        "box": torch.where(box, rand(5, 4), torch.nan),
         "aux": [torch.where(scored, rand(5), 0.0), torch.where(scored, rand(5), -1.0)],
     }
-    output = torch.utils._pytree.tree_map(lambda leaf: leaf.requires_grad_(), output)
     target = {
-        "age": torch.where(age, rand(5), torch.nan)[:, None].expand(5, 4),
+        "age": torch.where(age[:, None], rand(5, 4), torch.nan),
         "label": torch.where(labelled, 1, -1),
         "mask": torch.where(valid, 3, -100),
         "valid": valid,
@@ -631,5 +641,186 @@ def batch(seed: int, *, nothing: bool = False) -> tuple[Any, Any, Any, Any]:
         "score": torch.where(scored, rand(5) + 0.1, 0.0),
         "scored": scored,
     }
-    target["known"] = age
-    return output, target, {"labelled": labelled}, {"label": torch.where(labelled, rand(5), torch.nan)}
+    weight = {"label": torch.where(labelled, rand(5), torch.nan)}
+    output = tree_map(lambda leaf: leaf.requires_grad_(), output)
+    return output, target, {"input": {"labelled": labelled}, "sample_weight": weight}
+
+
+BATCHES = [batch(seed, share) for seed, share in enumerate((0.5, 0.2, 0.8, 0.0, 1.0))]
+
+
+def by_call(module: PathLossModule, sample: Any) -> tuple[Tensor, list[Tensor], dict[str, float]]:
+    output, target, keywords = sample
+    loss = module(output, target, **keywords)
+    found = torch.autograd.grad(loss, [*tree_leaves(output), *module.parameters()])
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in found)
+    return loss.detach(), list(found), module.last.log()
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+def test_terms_of_every_kind_equal_the_losses_by_hand():
+    module, (output, target, keywords) = every_kind(), BATCHES[0]
+    known, scored = ~target["age"].isnan().any(1), target["scored"]
+    labelled, weight = keywords["input"]["labelled"], keywords["sample_weight"]["label"]
+    valid = target["valid"]
+    label = F.cross_entropy(output["label"][labelled], target["label"][labelled], reduction="none")
+    expected = {
+        "age": F.mse_loss(output["age"][known], target["age"][known]),
+        "age:own": Scaled()(output["age"][known], target["age"][known]).sum(),
+        "label": (label * weight[labelled]).sum() / weight[labelled].sum(),
+        "mask": F.cross_entropy(output["mask"].movedim(1, -1)[valid], target["mask"][valid]),
+        "box": F.smooth_l1_loss(output["box"], target["box"]),
+        "aux.*": sum(hard(x[scored], target["score"][scored]).mean() for x in output["aux"]) / 2,
+    }
+    assert 0 < scored.sum() < 5
+    assert_same(module.terms(output, target, **keywords), expected)
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "after an eager call and check"])
+def test_one_graph_serves_every_mask(warm):
+    module, counter = every_kind(), CompileCounter()
+    if warm:
+        by_call(module, BATCHES[0])
+        module.check(BATCHES[0][0], BATCHES[0][1], **BATCHES[0][2])
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for output, target, keywords in BATCHES:
+        loss = compiled(output, target, **keywords)
+        logged = module.last.log()
+        found = list(torch.autograd.grad(loss, [*tree_leaves(output), *module.parameters()]))
+        assert_same((loss.detach(), found, logged), by_call(module, (output, target, keywords)))
+    assert counter.frame_count == 1
+
+
+def test_eight_batch_sizes_need_at_most_two_graphs():
+    counter = CompileCounter()
+    module = PathLossModule({"x": unreduced_mse(where=Shared(lambda y: ~y.isnan(), Target("x")))})
+    compiled = torch.compile(module, backend=counter, fullgraph=True)
+    for size in range(3, 11):
+        y = torch.where(torch.arange(size) % 2 == 0, torch.ones(size), torch.nan)
+        assert compiled({"x": torch.zeros(size)}, {"x": y}).item() == 1
+    assert counter.frame_count <= 2
+
+
+def ways(module: PathLossModule, sample: Any) -> Any:
+    """Yields total, gradients and record of every other way to the gradients."""
+    output, target, keywords = sample
+    leaves = tree_leaves(output)
+
+    def taken(total: Tensor) -> Any:
+        tensors = [*leaves, *module.parameters()]
+        found = [tensor.grad for tensor in tensors]
+        for tensor in tensors:
+            tensor.grad = None
+        return total.detach(), found, module.last.log()
+
+    yield taken(module.backward(output, target, **keywords))
+    module._grad_in_forward = True
+    loss = module(output, target, **keywords)
+    loss.backward()
+    module._grad_in_forward = False
+    yield taken(loss)
+    total, gradients = module.value_and_grad(output, target, **keywords)
+    _, found, logged = by_call(module, sample)
+    yield total, [*tree_leaves(gradients), *found[len(leaves) :]], logged
+
+
+@pytest.mark.parametrize("sample", BATCHES[:4], ids=["some", "few", "many", "none"])
+def test_every_way_to_the_gradients_gives_the_same(sample):
+    module = every_kind()
+    expected = by_call(module, sample)
+    for found in ways(module, sample):
+        assert_same(found, expected)
+
+
+@pytest.mark.slow
+def test_every_compiled_way_to_the_gradients_gives_the_same():
+    module, eager = every_kind(), every_kind()
+    module.compile(backend="aot_eager")
+    for sample in BATCHES:
+        for found in (by_call(module, sample), *ways(module, sample)):
+            assert_same(found, by_call(eager, sample))
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same():
+    module, eager = every_kind(), every_kind()
+    module.compile()
+    for sample in BATCHES:
+        assert_same(by_call(module, sample), by_call(eager, sample))
+
+
+def test_value_and_grad_inside_of_ones_own_graph_gives_the_same():
+    module = PathLossModule({"x": unreduced_mse(where=Input("known")), "x:log": hard_where_known()})
+    step = torch.compile(lambda *args: module.value_and_grad(args[0], args[1], input=args[2]), fullgraph=True,
+                         backend="aot_eager")  # fmt: skip
+    for known in ([True, False, True], [False, False, False]):
+        mask = torch.tensor(known)
+        x, y = torch.where(mask, 1.5, torch.nan), torch.where(mask, 2.0, torch.nan)
+        total, gradient = step({"x": x}, {"x": y}, {"known": mask})
+        theirs, expected = module.value_and_grad({"x": x}, {"x": y}, input={"known": mask})
+        assert total.isfinite()
+        assert_same((total, gradient["x"]), (theirs, expected["x"]))
+        assert (gradient["x"][~mask] == 0).all()
+
+
+def hard_where_known() -> Term:
+    return Term(hard, where=Input("known"), reduction="mean")
+
+
+def test_nothing_is_read_from_the_device():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        module = every_kind()
+        output, target, keywords = tree_map(mode.from_tensor, BATCHES[0])
+        loss = module(output, target, **keywords)
+        loss.backward()
+        assert output["age"].grad.shape == (5, 4)
+
+
+def test_consume_keeps_what_a_later_mask_reads():
+    large = 2**19  # floats: more than the memory for which terms are grouped
+    module = PathLossModule(
+        {
+            "gate": nn.MSELoss(),
+            "other": nn.MSELoss(),
+            "x": unreduced_mse(where=lambda output, target: output["gate"][:3] > 0),
+            "y": unreduced_mse(where=Shared(lambda gate: gate[:3] > 0, Output("gate")), normalizer=None),
+        }
+    )
+    model = nn.Parameter(torch.ones(3))
+    gate = torch.cat([model * torch.tensor([1.0, -1.0, 1.0]), torch.zeros(large)])
+
+    def output() -> dict[str, Tensor]:
+        return {"gate": gate * 1, "other": torch.zeros(large, requires_grad=True) * 1, "x": model * 2, "y": model * 3}
+
+    target = {"gate": torch.zeros(large + 3), "other": torch.ones(large), "x": torch.zeros(3), "y": torch.zeros(3)}
+    (expected,) = torch.autograd.grad(module(output(), target), model, retain_graph=True)
+    module.backward(output(), target, consume=True)
+    torch.testing.assert_close(model.grad, expected)
+    torch.testing.assert_close(module.last.values["x"], torch.tensor(4.0))
+
+
+masks = st.lists(st.booleans(), min_size=0, max_size=7)
+
+
+@settings(max_examples=200)
+@given(masks, st.sampled_from([*CASES]), st.sampled_from(REDUCTIONS), st.sampled_from([math.nan, math.inf, 0.0]))
+def test_any_mask_gives_the_criterion_on_the_selected_rows(flags, some, reduction, poison):
+    mask = torch.tensor(flags, dtype=torch.bool)
+    term = some.term(where=Input("known"), reduction=reduction)
+    module = PathLossModule({"t": term})
+    outputs, targets = poisoned_call(some, mask, poison)
+    weights = torch.rand(len(mask)) + 0.5
+    loss = module(outputs, targets, input={"known": mask}, sample_weight=torch.where(mask, weights, poison))
+    found = gradients(loss, module, outputs)
+    if not any(flags):
+        assert loss.item() == 0
+        assert all((gradient == 0).all() for gradient in found)
+        return
+    rows = some.by_hand(term.criterion, lambda tensor: tensor[mask], outputs, targets)
+    by_hand = reduced(rows, reduction, weights[mask])
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(found, gradients(by_hand, module, outputs))
