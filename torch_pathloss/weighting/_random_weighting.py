@@ -84,7 +84,7 @@ class RandomWeighting(Factors):
         if not update:
             return torch.full_like(values, 1 / len(values))
         key = _hash(self.counter + _hash(self.seed))
-        self.counter += 1
+        self.counter.add_(1)
         if self.distribution == "normal":
             return torch.softmax(_normal(key, len(values)), 0)
         exponential = -_uniform(key, len(values)).log()
