@@ -11,6 +11,7 @@ Examples:
     2.6931
 """
 
+from torch_pathloss._conditions import filled, known
 from torch_pathloss._errors import (
     ArgumentError,
     CheckError,
@@ -53,4 +54,6 @@ __all__ = [
     "UncoveredWarning",
     "UnknownTermError",
     "Weights",
+    "filled",
+    "known",
 ]
