@@ -67,3 +67,10 @@ def test_loss_and_gradients_of_ten_mixed_criteria_need_at_most_eight_launches(co
 def test_a_weight_changed_in_place_inside_the_graph_stays_in_it(counted):
     forward, _ = launches(counted, "changed weight")
     assert forward <= launches(counted, "call, same small, default")[0] + 1
+
+
+@pytest.mark.parametrize("options", ["default", "own"])
+def test_masks_need_no_launches_of_their_own_beyond_two_a_term(counted, options):
+    forward, backward = launches(counted, f"call, ten conditions, {options}")
+    assert forward <= launches(counted, f"call, same small, {options}")[0] + 20
+    assert backward <= 10

@@ -133,9 +133,9 @@ def every_kind(device: str) -> Any:
 
 
 class Scaled(nn.Module):
-    def __init__(self, device: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(4, device=device))  # a fake parameter cannot be moved
+        self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         return ((output - target) * self.scale).square().mean(1)
@@ -145,19 +145,20 @@ def conditions(device: str) -> Any:
     """Masks of samples, of pixels, of elements, of the whole term; a criterion with parameters; normalizers."""
     unreduced, classes = nn.SmoothL1Loss(reduction="none"), nn.CrossEntropyLoss(reduction="none")
     pixels = known(Target("pixels"), missing=-100, per="element")
-    criterion = PathLossModule(
-        {
-            "box": Term(unreduced, where=known(Target("box")), reduction="mean"),
-            "box:scaled": Term(Scaled(device), where=known(Target("box")), reduction="mean"),
-            "box:sum": Term(unreduced, where=Input("has_box"), reduction="sum", normalizer=Input("has_box")),
-            "label": Term(classes, where=known(Target("label"), missing=-1), reduction="weighted_mean"),
-            "pixels": Term(classes, where=pixels, reduction="sum", normalizer=pixels),
-            "tags": Term(
-                nn.BCEWithLogitsLoss(reduction="none"), where=known(Target("tags"), per="element"), reduction="mean"
-            ),
-            "whole": Term(nn.MSELoss(), where=lambda output, target: target["whole"].isfinite().all()),
-        }
-    )
+    with torch.device(device):  # a fake parameter cannot be moved
+        criterion = PathLossModule(
+            {
+                "box": Term(unreduced, where=known(Target("box")), reduction="mean"),
+                "box:scaled": Term(Scaled(), where=known(Target("box")), reduction="mean"),
+                "box:sum": Term(unreduced, where=Input("has_box"), reduction="sum", normalizer=Input("has_box")),
+                "label": Term(classes, where=known(Target("label"), missing=-1), reduction="weighted_mean"),
+                "pixels": Term(classes, where=pixels, reduction="sum", normalizer=pixels),
+                "tags": Term(
+                    nn.BCEWithLogitsLoss(reduction="none"), where=known(Target("tags"), per="element"), reduction="mean"
+                ),
+                "whole": Term(nn.MSELoss(), where=lambda output, target: target["whole"].isfinite().all()),
+            }
+        )
     output = {
         "box": randn(device, 64, 4),
         "label": randn(device, 64, 10),
@@ -173,7 +174,7 @@ def conditions(device: str) -> Any:
         "whole": torch.randn(64, 4, device=device),
     }
     has_box, weight = torch.rand(64, device=device) < 0.5, torch.rand(64, device=device)
-    return criterion.to(device), output, target, has_box, weight
+    return criterion, output, target, has_box, weight
 
 
 def call_conditions(criterion: Any, output: Any, target: Any, has_box: Tensor, weight: Tensor) -> Tensor:
