@@ -870,3 +870,20 @@ def test_check_lets_shared_computations_with_finite_derivatives_pass():
     output, target = infinite_where_unknown()
     finite = {"x": output["x"].detach().clamp(max=3).requires_grad_()}
     softmax_then_mse(Target("known"), shared=True).check(finite, target)
+
+
+def test_explain_shows_the_mask_and_whether_it_makes_the_term_absent():
+    module = PathLossModule({"x": unreduced_mse(where=Target("known")), "y": unreduced_mse(where=at_target)})
+    output = {"x": torch.zeros(3), "y": torch.zeros(2)}
+    target = {"x": torch.zeros(3), "y": torch.zeros(2), "known": torch.ones(3, dtype=torch.bool)}
+    lines = module.explain(output, target).splitlines()[-2:]
+    assert lines[0].endswith("Output('x'), Target('x'), where=Target('known')  (3,) and (3,) and (3,)")
+    assert lines[1].endswith("Output('y'), Target('y'), where=at_target        (2,) and (2,)")
+    line = module.explain(output, {**target, "known": None}).splitlines()[-2]
+    assert line.endswith("absent: the target has None at 'known'")
+
+
+def test_explain_does_not_call_a_term_absent_for_a_none_in_the_input():
+    module = PathLossModule({"x": Term(lambda x, y, z: (x - y).mean(), z=Input("z"))})
+    output, target = {"x": torch.zeros(3)}, {"x": torch.zeros(3)}
+    assert module.explain(output, target, input={"z": None}).endswith("(3,) and (3,) and NoneType")

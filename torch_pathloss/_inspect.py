@@ -15,7 +15,7 @@ from torch_pathloss import _paths, _tree
 from torch_pathloss._errors import ArgumentError, CheckError, PathLossError, UncoveredError, UncoveredWarning, listed
 from torch_pathloss._evaluate import Evaluation
 from torch_pathloss._paths import Path
-from torch_pathloss._plan import OUTPUT, TREES, Computed, TermPlan
+from torch_pathloss._plan import INPUT, OUTPUT, TREES, Computed, Condition, TermPlan
 from torch_pathloss._term import Present, callable_name
 from torch_pathloss.weighting import Weighting
 
@@ -189,10 +189,11 @@ def _term_cells(evaluation: Evaluation, term: TermPlan, weight: str) -> list[str
 
 def _read(evaluation: Evaluation, term: TermPlan, captures: tuple[Path, ...]) -> str:
     shown = []
-    for read in term.reads:
+    masking = () if isinstance(term.where, Condition) else term.masking
+    for read in dict.fromkeys((*term.reads, *masking)):
         path = _paths.fill(read.path, captures)
         node = _tree.walk(evaluation.tree(read), path, TREES[read.tree])
-        if node is None:
+        if node is None and read.tree != INPUT:
             return f"absent: the {TREES[read.tree]} has None at {_paths.format(path)!r}"
         shown.append(_shape(node) if isinstance(node, Tensor) else type(node).__name__)
     return " and ".join(shown)
