@@ -446,13 +446,18 @@ def put(node: Any, entry: Any, child: Any) -> bool:
 
 def find(tree: Any, path: Path) -> Any:
     """Returns the node at a path, or `None` where there is none."""
-    node = tree
+    return find_at(tree, path)[1]
+
+
+def find_at(tree: Any, path: Path) -> tuple[Path, Any]:
+    """Returns the path to a node as `locate` does, and the node, or `None` where there is none."""
+    node, located = tree, ()
     for entry in path:
         found = _step(node, entry)
         if found is None:
-            return None
-        node = found.child
-    return node
+            return located, None
+        node, located = found.child, (*located, found.entry)
+    return located, node
 
 
 def values(tree: Any) -> list[Any]:
