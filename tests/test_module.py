@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torch_pathloss import Output, PathLossModule, PathSyntaxError, Shared, Target, Term
+from torch_pathloss.schedules import linear
 
 STATE = ["weights.value", "weights.step", "weights._extra_state"]
 
@@ -382,6 +383,28 @@ def test_a_module_on_the_meta_device_computes_shapes():
     criterion = PathLossModule({"a": nn.MSELoss(), "b": nn.L1Loss()}).to("meta")
     tree = {"a": torch.zeros(2, device="meta"), "b": torch.zeros(2, device="meta")}
     assert criterion(tree, tree).shape == ()
+
+
+@pytest.mark.parametrize("materialize", ["to_empty", "reset_parameters"])
+def test_a_module_that_leaves_the_meta_device_has_its_weights(materialize):
+    with torch.device("meta"):
+        criterion = PathLossModule({"a": nn.MSELoss(), "b": nn.L1Loss()}, weights={"a": 0.3, "b": linear(4, 2, 1)})
+    assert criterion.weights.value.is_meta
+    if materialize == "to_empty":
+        criterion.to_empty(device="cpu")
+    else:  # as FullyShardedDataParallel does
+        for module in criterion.modules():
+            if any(tensor.is_meta for tensor in module.buffers(recurse=False)):
+                module.to_empty(device="cpu", recurse=False)
+                module.reset_parameters()
+    assert torch.equal(criterion.weights.value, torch.tensor([0.3, 4.0]))
+    assert criterion.last.total.isnan()
+    assert not any(criterion.last.present.values())
+    ones, zeros = ({"a": x, "b": x} for x in (torch.ones(2), torch.zeros(2)))
+    for weight in (4.0, 2.0):
+        torch.testing.assert_close(criterion(ones, zeros), torch.tensor(0.3 + weight))
+        assert criterion.last.log()["terms/b"] == 1
+        criterion.step()
 
 
 def test_without_grad_and_in_inference_mode_it_computes_the_same():

@@ -216,6 +216,8 @@ def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | N
         for term in evaluation.plan.terms:
             try:
                 value = evaluation.value(term)
+                if value is None:
+                    evaluation.zero(term)
                 present.append(value is not None and evaluation.selected.get(term.name, True))
             except PathLossError as error:
                 problems.append(f"Term {term.name!r}: {error}")

@@ -304,8 +304,9 @@ def not_a_criterion(value: Any) -> str | None:
         return f"{value.__name__} is a class. Did you mean {value.__name__}()?"
     if not callable(value):
         return f"{value!r} of type {type(value).__name__} is not callable."
-    if isinstance(value, nn.Module) and getattr(value.forward, "__func__", None) is nn.Module.forward:
-        return f"a {type(value).__name__} has no forward, so that it cannot be called."
+    inner = _unwrapped(value)
+    if isinstance(inner, nn.Module) and getattr(inner.forward, "__func__", None) is nn.Module.forward:
+        return f"a {type(inner).__name__} has no forward, so that it cannot be called."
     return None
 
 
@@ -324,7 +325,7 @@ def not_a_weight(value: Any) -> str | None:
         return f"a weight must be a float, a 0-dim tensor or a schedule, not {value!r} of type {type(value).__name__}."
     if not math.isfinite(value):
         return f"a weight must be finite, not {value!r}."
-    if abs(value) > torch.finfo(torch.float32).max:
+    if abs(float(value)) > torch.finfo(torch.float32).max:
         return f"a weight is stored in float32, where {value!r} is infinite."
     return None
 
@@ -396,12 +397,10 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
 
 
 def _unwrapped(criterion: Criterion) -> Criterion:
-    """Returns what a `functools.partial` or `torch.compile` was given."""
+    """Returns what a `functools.partial` was given, or `torch.compile` if it was a module."""
     if isinstance(criterion, functools.partial):
         return _unwrapped(criterion.func)
-    if isinstance(criterion, nn.Module):
-        return criterion._modules.get("_orig_mod") or criterion
-    return getattr(criterion, "_torchdynamo_orig_callable", criterion)
+    return criterion._modules.get("_orig_mod") or criterion if isinstance(criterion, nn.Module) else criterion
 
 
 def is_elementwise(criterion: Criterion) -> bool:
