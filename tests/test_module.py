@@ -300,6 +300,21 @@ def test_casting_the_module_casts_criteria_but_never_rounds_weights(dtype):
     assert criterion.last.log()["total"] == pytest.approx(0.3 * torch.tensor(3.0).log().item(), rel=1e-2)
 
 
+def test_the_default_dtype_does_not_round_what_is_recorded():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        criterion = PathLossModule({"a": nn.MSELoss(), "b": nn.MSELoss()}, weights={"a": 0.1})
+        output = {name: torch.full((2,), 0.7, dtype=torch.float32) for name in "ab"}
+        total = criterion(output, {"a": torch.zeros(2, dtype=torch.float32), "b": None})
+        assert criterion({"a": None, "b": None}, {"a": None, "b": None}).dtype is torch.float32
+        criterion(output, {"a": torch.zeros(2, dtype=torch.float32), "b": None})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert total.dtype is torch.float32
+    assert criterion.last.log()["weights/a"] == torch.tensor(0.1).item()
+    assert criterion.last.log()["terms/a"] == F.mse_loss(output["a"], torch.zeros(2)).item()
+
+
 # The module protocol
 
 

@@ -42,10 +42,10 @@ class Last(nn.Module):
         super().__init__()
         self._names = names
         count = len(names)
-        record = torch.empty(3 * count + 1)  # values [K], weights [K], presence [K], total
+        record = torch.empty(3 * count + 1, dtype=torch.float32)  # values [K], weights [K], presence [K], total
         self.register_buffer("record", record, persistent=False)
         self._rows: tuple[Tensor, ...] = self._split(record)  # views for eager writes, renewed when the buffer moves
-        self.register_buffer("ones", torch.empty(count), persistent=False)
+        self.register_buffer("ones", torch.empty(count, dtype=torch.float32), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
