@@ -217,6 +217,8 @@ def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | N
         for term in evaluation.plan.terms:
             try:
                 value = evaluation.value(term)
+                if value is None:
+                    evaluation.zero(term)
                 present.append(value is not None and evaluation.selected.get(term.name, True))
                 if value is not None and term.where is not None:
                     _check_gradient(evaluation, term, value)
