@@ -14,9 +14,12 @@ from torch_pathloss.weighting import (
     CoefficientOfVariation,
     DynamicWeightAverage,
     EMANormalized,
+    GeometricMean,
     GradNorm,
     OutputBalancer,
+    RandomWeighting,
     ReLoBRaLo,
+    SmoothTchebycheff,
     SoftAdapt,
     Uncertainty,
     WeightedSum,
@@ -79,6 +82,12 @@ CASES = [
         ["before", "shares"],
         lambda weighting, step, *after: weighting.update(*after),
     ),
+    Case("GeometricMean", GeometricMean),
+    Case("GeometricMean, offset", lambda: GeometricMean(offset=0.5)),
+    Case("RandomWeighting", RandomWeighting),
+    Case("RandomWeighting, Dirichlet", lambda: RandomWeighting("dirichlet", seed=5)),
+    Case("SmoothTchebycheff", lambda: SmoothTchebycheff(10.0, ideal={"b.c": 20.0})),
+    Case("SmoothTchebycheff, running", lambda: SmoothTchebycheff(3.0, ideal="running")),
 ]
 
 
