@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from bench import _digits, _toy
 from bench._rules import FIXED
@@ -44,7 +45,7 @@ def plane() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def draw_paths(axis: Axes, name: str, runs: list[dict[str, Any]], grid: tuple[torch.Tensor, ...]) -> None:
-    axis.contour(*grid, levels=12, colors="#d0d7de", linewidths=0.5)
+    axis.contour(*grid, levels=12, colors="#d0d7de", linewidths=0.5, linestyles="solid")
     axis.plot([-7, 7], [-8, -8], color="#8c959f", linewidth=3, solid_capstyle="round")
     for colour, found in zip(STARTS, runs, strict=False):  # the first seed
         axis.plot(*zip(*found["path"], strict=True), color=colour, linewidth=1)
@@ -69,5 +70,8 @@ def draw_metric(axis: Axes, metric: str, digits: dict[str, Any]) -> None:
     axis.set_xlabel(f"{LABELS[metric]} ({better} is better)", fontsize=9)
     if metric == "ink_loss":
         axis.set_xscale("log")
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(ScalarFormatter())
+        axis.tick_params(axis="x", which="both", labelsize=7)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
