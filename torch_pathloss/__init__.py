@@ -11,12 +11,14 @@ Examples:
     2.6931
 """
 
+from torch_pathloss._conflicts import Conflicts
 from torch_pathloss._errors import (
     ArgumentError,
     CheckError,
     CompileError,
     ConstructionError,
     CriterionReturnError,
+    MissingPackageError,
     PathLossError,
     PathNotFoundError,
     PathSyntaxError,
@@ -36,11 +38,13 @@ __all__ = [
     "ArgumentError",
     "CheckError",
     "CompileError",
+    "Conflicts",
     "ConstructionError",
     "CriterionReturnError",
     "Explanation",
     "Input",
     "Last",
+    "MissingPackageError",
     "Output",
     "PathLossError",
     "PathLossModule",

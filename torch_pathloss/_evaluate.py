@@ -338,10 +338,14 @@ class Evaluation:
 
         Keeps the leaves in the autograd graph, without which DistributedDataParallel waits for their parameters.
         """
-        if self.inactive is not None and self.inactive.get(term.name):
+        if self.is_let_go(term):
             return torch.zeros((), device=self.device)
         zeros = [self.zero_of_match(term, captures) for captures in self.captures(term)]
         return add(zeros) if zeros else torch.zeros((), device=self.device)
+
+    def is_let_go(self, term: TermPlan) -> bool:
+        """Whether a term is in an inactive phase in which its outputs get no gradient, not even zero."""
+        return self.inactive is not None and self.inactive.get(term.name, False)
 
     def zero_of_match(self, term: TermPlan, captures: tuple[Path, ...]) -> Tensor:
         zero = torch.zeros((), device=self.device)

@@ -212,7 +212,7 @@ def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | N
     problems: list[str] = []
     evaluation.is_local = True
     present: list[Present] = []
-    with _unchanged(evaluation.container):
+    with unchanged(evaluation.container):
         for term in evaluation.plan.terms:
             try:
                 value = evaluation.value(term)
@@ -236,16 +236,21 @@ def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | N
 
 
 @contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = {buffer.device for buffer, _ in before if buffer.device.type == "cuda"}
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Leaves the buffers of a module and the random numbers as they are.
+
+    A buffer that nothing wrote to is not written back: a graph that saved it could not run backward any more.
+    """
+    before = [(buffer, buffer.clone(), buffer._version) for buffer in module.buffers()]
+    devices = {buffer.device for buffer, _, _ in before if buffer.device.type == "cuda"}
     try:
         with torch.random.fork_rng(list(devices)):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+            for buffer, value, version in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -173,7 +173,7 @@ class Weights(nn.Module):
     def texts(self) -> list[str]:
         """Returns each weight as text, with its schedule. Reads from the device."""
         return [
-            f"{weight:g}{f' of {self._schedules[position]!r}' if position in self._schedules else ''}"
+            f"{weight:g}{f' by {self._schedules[position]!r}' if position in self._schedules else ''}"
             for position, weight in enumerate(self.value.tolist())
         ]
 

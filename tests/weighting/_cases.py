@@ -11,10 +11,16 @@ from torch import Tensor
 from torch_pathloss.weighting import (
     FAMO,
     IMTLL,
+    CoefficientOfVariation,
     DynamicWeightAverage,
+    EMANormalized,
     GeometricMean,
+    GradNorm,
+    OutputBalancer,
     RandomWeighting,
+    ReLoBRaLo,
     SmoothTchebycheff,
+    SoftAdapt,
     Uncertainty,
     WeightedSum,
     Weighting,
@@ -29,12 +35,14 @@ class Case:
 
     `records` names the buffers that hold something of the latest call, which an absent term changes too.
     `after` is what a training loop does with the weighting after the optimizer's step.
+    `normalizes` says whether the effective weights are divided by a sum over the terms that the process sees.
     """
 
     name: str
     make: Callable[[], Weighting]
     records: Sequence[str] = ()
     after: Callable[[Weighting, int, Tensor, Tensor], None] = lambda *_: None
+    normalizes: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -45,19 +53,34 @@ class Case:
 
 CASES = [
     Case("WeightedSum", WeightedSum),
-    Case("WeightedSum, mean", lambda: WeightedSum(weighted_mean=True)),
+    Case("WeightedSum, mean", lambda: WeightedSum(weighted_mean=True), normalizes=True),
     Case("Uncertainty", Uncertainty),
     Case(
         "Uncertainty, classification, log1p",
         lambda: Uncertainty({"b.c": "classification"}, regularizer="log1p", log_variance={"a": -0.5}),
     ),
     Case("IMTLL", IMTLL),
+    Case("GradNorm", GradNorm),
+    Case("OutputBalancer", lambda: OutputBalancer(decay=0.9), normalizes=True),
+    Case("EMANormalized", EMANormalized),
+    Case("EMANormalized, initial", lambda: EMANormalized(scale="initial", initial_updates=4)),
+    Case("EMANormalized, scale mean", lambda: EMANormalized(scale="mean")),
+    Case("CoefficientOfVariation", CoefficientOfVariation),
+    Case("CoefficientOfVariation, decay", lambda: CoefficientOfVariation(decay=0.9)),
+    Case("SoftAdapt, original", lambda: SoftAdapt("original", window=3, every=1)),
+    Case("SoftAdapt, normalized", lambda: SoftAdapt("normalized", window=3, every=2)),
+    Case("SoftAdapt, loss_weighted", lambda: SoftAdapt("loss_weighted", window=2)),
+    Case("ReLoBRaLo", lambda: ReLoBRaLo(rho=0.5, alpha=0.9, temperature=1.0)),
     Case(
         "DynamicWeightAverage",
         DynamicWeightAverage,
         after=lambda weighting, step, *_: weighting.end_epoch() if step % 3 == 2 else None,
     ),
-    Case("DynamicWeightAverage, window", lambda: DynamicWeightAverage(2, temperature=0.5, weighted_mean=True)),
+    Case(
+        "DynamicWeightAverage, window",
+        lambda: DynamicWeightAverage(2, temperature=0.5, weighted_mean=True),
+        normalizes=True,
+    ),
     Case("FAMO", FAMO, ["before", "shares"], lambda weighting, step, *after: weighting.update(*after)),
     Case(
         "FAMO, SGD",

@@ -41,7 +41,7 @@ class Weighting(nn.Module, ABC):
     gradients. Such a weighting has no parameters, which would get no gradient; its total is the sum of weight times
     value."""
 
-    feature: str | Path | None = None
+    feature: Path | None = None
     """The path in the output of the tensor at which ``norms`` are taken instead."""
 
     def __init__(self) -> None:
