@@ -193,6 +193,32 @@ def test_an_empty_selection_and_an_inactive_phase_are_absent():
     assert conflicts.norms == pytest.approx({"a": 2.0, "b": math.sqrt(2)})
 
 
+def test_where_every_term_is_absent_that_is_what_it_says():
+    model, (x, _) = Model(), data()
+    output, target = model(x), {"a": None, "b": None}
+    for wrt in (None, model.parameters()):
+        assert criterion().conflicts(output, target, wrt=wrt).absent == ("a", "b:l1", "b:mse")
+    none_at_all = criterion().conflicts({"a": None, "b": None}, target, wrt=model.parameters())
+    assert none_at_all.absent == ("a", "b:l1", "b:mse")
+    assert none_at_all.cosines.isnan().all()
+
+
+def test_one_process_of_several_may_look_by_itself(monkeypatch):
+    def never(tensor):
+        raise AssertionError("waits for the other processes")
+
+    monkeypatch.setattr("torch_pathloss._ranks.sum_over_ranks", never)
+    monkeypatch.setattr("torch_pathloss._ranks.world_size", lambda: 2)
+    module = PathLossModule({"a": Term(nn.L1Loss(reduction="sum"), normalizer=Target("count"))})
+    target = {"a": torch.zeros(4), "count": torch.tensor(2.0)}
+    x = torch.ones(4, requires_grad=True)
+    # A sum of four over two: gradients of 1/2 each.
+    assert module.conflicts({"a": x}, target).norms == {"a": 1.0}
+    assert module.conflicts({"a": x * 1}, target, wrt=x).norms == {"a": 1.0}
+    with pytest.raises(AssertionError, match="waits"):
+        module({"a": x}, target)
+
+
 def test_the_weights_of_a_weighting_are_those_of_the_latest_call():
     module = PathLossModule(
         {"a": nn.MSELoss(), "b": nn.MSELoss()}, weights={"b": 3.0}, weighting=WeightedSum(weighted_mean=True)

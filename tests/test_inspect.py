@@ -126,6 +126,15 @@ def test_check_accepts_what_forward_accepts_and_changes_nothing():
     assert module.last.total.isnan()
 
 
+def test_a_graph_made_before_check_can_still_run_backward():
+    module = PathLossModule({"x": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0]))})
+    output, target = {"x": torch.zeros(1, 2, requires_grad=True)}, {"x": torch.tensor([1])}
+    loss = module(output, target)
+    module.check(output, target)
+    loss.backward()
+    assert output["x"].grad.tolist() == [[0.5, -0.5]]
+
+
 def test_check_tells_every_problem_in_one_message():
     output, target = data()
     output["detection"].pop("bbox")

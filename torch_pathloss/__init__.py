@@ -29,6 +29,7 @@ from torch_pathloss._errors import (
 from torch_pathloss._inspect import Explanation
 from torch_pathloss._last import Last
 from torch_pathloss._module import PathLossModule
+from torch_pathloss._plots import plot_schedules
 from torch_pathloss._term import Input, Output, Shared, Target, Term
 from torch_pathloss._weights import Weights
 
@@ -57,4 +58,5 @@ __all__ = [
     "UncoveredWarning",
     "UnknownTermError",
     "Weights",
+    "plot_schedules",
 ]

@@ -362,7 +362,8 @@ def _groups(evaluation: Evaluation, copies: list[Tensor]) -> Iterator[_Group]:
 
 def _read(evaluation: Evaluation, term: TermPlan) -> list[Tensor]:
     try:
-        return [leaf for captures in evaluation.captures(term) for leaf in evaluation.output_leaves(term, captures)]
+        reads = (*term.reads, *term.masking, *term.counted)
+        return [leaf for captures in evaluation.captures(term) for leaf in evaluation.output_leaves(reads, captures)]
     except PathLossError:
         evaluation.values([term])  # raises the same with the term's name
         raise

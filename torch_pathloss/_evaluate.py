@@ -60,7 +60,7 @@ class Evaluation:
         self.device = device
         self.inactive = inactive
         self.sample_weights = None if sample_weight is None else _by_term(sample_weight, plan)
-        self.computed: dict[tuple[int, tuple[Path, ...]], Any] = {}
+        self.computed: dict[tuple[int | str, tuple[Path, ...]], Any] = {}
         self.selected: dict[str, Tensor] = {}
         self.is_local = False  # whether normalizers are those of this process alone
 
@@ -145,31 +145,33 @@ class Evaluation:
         counts = []
         for term in self.plan.terms:
             try:
-                count = None if term.normalizer is None else self.argument(term.normalizer, ())
-                counts.append(zero if count is None or count is _ABSENT else self.count(count))
+                counts.append(zero if term.normalizer is None else self.count(self.argument(term.normalizer, ())))
             except PathLossError as error:
                 raise type(error)(f"Term {term.name!r}: {error}") from None
         return torch.stack(counts)
 
     def count(self, normalizer: Any) -> Tensor:
-        """Returns the sum of the elements of a normalizer as float32."""
+        """Returns the sum of the elements of a normalizer as float32; 0 for an absent one."""
+        if normalizer is _ABSENT:
+            return torch.zeros((), device=self.device)
         if isinstance(normalizer, (int, float)):
-            return torch.full((), float(normalizer), device=self.device)
-        if not isinstance(normalizer, Tensor) or normalizer.device != self.device:
-            found = f"on {normalizer.device}" if isinstance(normalizer, Tensor) else "None, or something else"
+            return torch.full((), normalizer, dtype=torch.float32, device=self.device)
+        if not isinstance(normalizer, Tensor):
+            raise ArgumentError(f"its normalizer is {_tree.describe(normalizer)}. It must be a tensor or a number.")
+        if normalizer.device != self.device:
             raise ArgumentError(
-                f"its normalizer is {found}. It must be a tensor on {self.device}, where the weights are, or a number."
+                f"its normalizer is on {normalizer.device}, but the weights are on {self.device}. "
+                "Move it to the outputs' device."
             )
         return normalizer.detach().sum(dtype=torch.float32)
 
     def match(self, term: TermPlan, captures: tuple[Path, ...]) -> Tensor | None:
         """Returns the value of a term for one match, or `None` if it is absent. ``()`` is the match of a plain path."""
-        mask = None
+        selection: _select.Selection | None = None
         if term.where is None:
             result = self.call(term.call, captures)
         else:
-            mask = self.mask(term, captures)
-            result = _ABSENT if mask is _ABSENT else self.call_selected(term, captures, mask)
+            result, selection = self.call_selected(term, captures)
         if result is _ABSENT:
             return None
         if not isinstance(result, Tensor):
@@ -179,10 +181,10 @@ class Evaluation:
                 f"its value is on {result.device}, but the weights are on {self.device}. "
                 f"Move the criterion to the outputs' device with criterion.to({str(result.device)!r})."
             )
-        if mask is not None and mask.ndim > 0:
-            result = _select.checked_result(result, mask, term.reduction is not None)
+        selected = None if selection is None or selection.mask.ndim == 0 else selection.mask
+        if selected is not None:
+            result = _select.checked_result(result, selected, term.reduction is not None)
         if term.reduction is not None:
-            selected = mask if mask is not None and mask.ndim > 0 else None
             result = reduce(result, term.reduction, self.sample_weight(term, result), selected)
         elif self.sample_weights is not None and term.name in self.sample_weights:
             raise ArgumentError(
@@ -194,34 +196,43 @@ class Evaluation:
                 f"its criterion returned a tensor of shape {tuple(result.shape)}, not a scalar. "
                 'Reduce it in the criterion, or wrap it as Term(criterion, reduction="mean").'
             )
-        if mask is not None:
-            self.selected[term.name] = mask if mask.ndim == 0 else mask.any()
-            if mask.ndim == 0:
-                result = torch.where(mask, result, 0)
+        if selection is not None:
+            self.selected[term.name] = selection.any
+            if selected is None:
+                result = torch.where(selection.any, result, 0)
         return result if result.dtype is torch.float32 else _at_least_float32(result)
 
-    def mask(self, term: TermPlan, captures: tuple[Path, ...]) -> Any:
-        """Returns which samples a term is computed on, or the mark of an absent term."""
-        if isinstance(term.where, Condition):
-            mask = self.container._modules[term.where.child](self.trees[OUTPUT], self.trees[TARGET])  # type: ignore[misc]
-        else:
-            assert term.where is not None
-            mask = self.argument(term.where, captures)
-        return mask if mask is _ABSENT else _select.checked_mask(mask, self.device)
+    def selection(self, term: TermPlan, captures: tuple[Path, ...]) -> _select.Selection | None:
+        """Returns which samples a term is computed on, or `None` if the mask is absent."""
+        mask = self.mask(term.where, captures)
+        return None if mask is _ABSENT else _select.Selection(_select.checked_mask(mask, self.device))
 
-    def call_selected(self, term: TermPlan, captures: tuple[Path, ...], mask: Tensor) -> Any:
-        """Returns what a criterion returns for arguments that are safe where nothing is selected."""
-        found = self.arguments(term.call, captures)
-        if found is None:
-            return self.absent(term.call, captures)
-        positional, keywords = found
-        module: nn.Module = self.container._modules[term.call.child]  # type: ignore[assignment]
+    def mask(self, where: Argument | Condition | None, captures: tuple[Path, ...]) -> Any:
+        if not isinstance(where, Condition):
+            assert where is not None
+            return self.argument(where, captures)
+        key = (where.child, ())  # one mask for all matches of a pattern
+        if key not in self.computed:
+            condition: Any = self.container._modules[where.child]
+            self.computed[key] = condition(self.trees[OUTPUT], self.trees[TARGET])
+        return self.computed[key]
+
+    def call_selected(self, term: TermPlan, captures: tuple[Path, ...]) -> tuple[Any, _select.Selection | None]:
+        """Returns what a criterion returns for arguments that are safe where nothing is selected, and the selection."""
         call = term.call
+        found = self.arguments(call, captures)
+        if found is None:  # the mask need not be there, but a misspelt path to it is an error
+            if not isinstance(term.where, Condition):
+                self.mask(term.where, captures)
+            return self.absent(call, captures), None
+        selection = self.selection(term, captures)
+        if selection is None:
+            return _ABSENT, None
+        positional, keywords = found
 
         def safe(argument: Argument, value: Any, is_first: bool, is_second: bool) -> Any:
-            if not self.is_per_sample(argument, is_first or is_second):
-                return value
-            return _select.safe(value, mask, is_first, call.is_elementwise, call.is_classwise)
+            is_safe = not self.is_per_sample(argument, is_first or is_second)
+            return value if is_safe else selection.safe(value, is_first, call)
 
         positional = [
             safe(argument, value, position == 0, position == 1)
@@ -233,7 +244,8 @@ class Evaluation:
         }
         if call.is_elementwise:
             _check_shapes(positional, keywords)
-        return _select.call_guarded(module, mask, positional, keywords)
+        module: Any = self.container._modules[call.child]
+        return selection.call(module, positional, keywords), selection
 
     def is_per_sample(self, argument: Argument, is_compared: bool) -> bool:
         """Whether an argument has samples: what comes from the output or the target, or is compared with it."""
@@ -349,17 +361,17 @@ class Evaluation:
 
     def zero_of_match(self, term: TermPlan, captures: tuple[Path, ...]) -> Tensor:
         zero = torch.zeros((), device=self.device)
-        for leaf in self.output_leaves(term, captures):
+        for leaf in self.output_leaves(term.reads, captures):
             if leaf.requires_grad:
                 # The sum of no element: a NaN or inf in the output does not reach it.
                 zero = zero + leaf.reshape(-1)[:0].abs().sum(dtype=zero.dtype)
         return zero
 
-    def output_leaves(self, term: TermPlan, captures: tuple[Path, ...]) -> list[Tensor]:
+    def output_leaves(self, reads: tuple[Read, ...], captures: tuple[Path, ...]) -> list[Tensor]:
         """Returns the tensors of the output that a match of a term reads."""
         return [
             leaf
-            for read in term.reads
+            for read in reads
             if read.tree == OUTPUT
             for leaf in _tree.tensors(_tree.walk(self.trees[OUTPUT], _paths.fill(read.path, captures), TREES[OUTPUT]))
         ]

@@ -241,7 +241,7 @@ def unchanged(module: nn.Module) -> Iterator[None]:
 
     A buffer that nothing wrote to is not written back: a graph that saved it could not run backward any more.
     """
-    before = [(buffer, buffer.clone(), buffer._version) for buffer in module.buffers()]
+    before = [(b, b.clone(), b._version) for b in module.buffers() if not b.is_inference()]
     devices = {buffer.device for buffer, _, _ in before if buffer.device.type == "cuda"}
     try:
         with torch.random.fork_rng(list(devices)):

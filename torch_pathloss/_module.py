@@ -441,7 +441,9 @@ class PathLossModule(nn.Module):
         _, leaves = _backward.leaves_of(output, every=True)
 
         def evaluate(cut: Any) -> Evaluation:
-            return self._evaluation(cut, target, input, sample_weight)
+            evaluation = self._evaluation(cut, target, input, sample_weight)
+            evaluation.is_local = True  # one process may look while the others go on
+            return evaluation
 
         terms = _backward.of_each_term(evaluate, output, leaves)
         return {name: _backward.mirrored(output, of.leaves) for name, of in zip(self.weights, terms, strict=True)}
@@ -459,8 +461,9 @@ class PathLossModule(nn.Module):
         """Compares the gradients of the unweighted values: their norms, and the cosine of each pair of terms.
 
         For diagnosis: it differentiates each term by itself, and reads from the device once. No ``.grad``, no buffer
-        and no random number is changed, `last` is not written, and the model's graph can still run backward. The errors
-        are those of a call.
+        and no random number is changed, `last` is not written, and the model's graph can still run backward. Of several
+        processes, one may call it by itself: gradients, and the counts of normalizers, are its own. The errors are
+        those of a call.
 
         Args:
             output: the model's output; still in its graph if ``wrt`` is given.
@@ -494,7 +497,9 @@ class PathLossModule(nn.Module):
         """
 
         def evaluate(cut: Any) -> Evaluation:
-            return self._evaluation(cut, target, input, sample_weight)
+            evaluation = self._evaluation(cut, target, input, sample_weight)
+            evaluation.is_local = True  # one process may look while the others go on
+            return evaluation
 
         weights = self.weights.value if self.weighting is None else torch.stack(list(self.last.weights.values()))
         return _compare.compare(evaluate, output, wrt, weights, threshold)
@@ -563,7 +568,9 @@ class PathLossModule(nn.Module):
         """Computes the total and its gradients, and records them in `last`."""
 
         def evaluate(cut: Any) -> Evaluation:
-            return self._evaluation(cut, target, input, sample_weight)
+            evaluation = self._evaluation(cut, target, input, sample_weight)
+            evaluation.is_local = True  # one process may look while the others go on
+            return evaluation
 
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
@@ -587,7 +594,9 @@ class PathLossModule(nn.Module):
         """Computes the gradients of weight times value of each term, and records the values in `last`."""
 
         def evaluate(cut: Any) -> Evaluation:
-            return self._evaluation(cut, target, input, sample_weight)
+            evaluation = self._evaluation(cut, target, input, sample_weight)
+            evaluation.is_local = True  # one process may look while the others go on
+            return evaluation
 
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)

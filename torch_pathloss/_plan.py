@@ -87,6 +87,9 @@ class Condition:
 
 Argument: TypeAlias = Read | Computed | Stored | Constant
 
+_WHOLE = (Read(OUTPUT, (), False), Read(TARGET, (), False))
+"""What a condition reads."""
+
 
 @dataclass(frozen=True)
 class Call:
@@ -119,6 +122,8 @@ class TermPlan:
     driver: Read | None
     """The read whose matches the term is summed over, if it is a pattern."""
     where: Argument | Condition | None = None
+    masking: tuple[Read, ...] = ()
+    """Every node that the mask is made of."""
     normalizer: Argument | None = None
     counted: tuple[Read, ...] = ()
     """Every node that the normalizer reads."""
@@ -297,8 +302,11 @@ class _Binder:
         call = replace(call, is_elementwise=is_elementwise(term.criterion), is_classwise=is_classwise(term.criterion))
         reads = self.reads(call.arguments)
         where, normalizer = self.condition(term, child), self.normalizer(term)
+        masking: tuple[Read, ...] = ()
+        if where is not None:
+            masking = _WHOLE if isinstance(where, Condition) else self.reads((where,))
         try:
-            driver = _driver(reads, () if where is None or isinstance(where, Condition) else self.reads((where,)))
+            driver = _driver(reads, masking)
             counted = () if normalizer is None else self.reads((normalizer,))
             if any(read.is_pattern for read in counted):
                 raise PathLossError(
@@ -319,6 +327,7 @@ class _Binder:
             reads=reads,
             driver=driver,
             where=where,
+            masking=masking,
             normalizer=normalizer,
             counted=counted,
         )

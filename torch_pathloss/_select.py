@@ -8,13 +8,14 @@ No boolean indexing: shapes do not depend on the mask, and nothing is read from 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from torch_pathloss import _tree
 from torch_pathloss._errors import ArgumentError, CriterionReturnError
+from torch_pathloss._plan import Call
 
 # What stands for an argument when no sample is selected: a probability, a difference from the target that a square
 # root and a quotient can stand, a target that a logarithm can, and the first class.
@@ -58,36 +59,71 @@ def checked_result(result: Tensor, mask: Tensor, reduces: bool) -> Tensor:
     return result
 
 
-def safe(argument: Any, mask: Tensor, is_first: bool, elementwise: bool, classwise: bool) -> Any:
-    """Returns an argument, a tensor or a tree of them, with other values where nothing is selected.
+@final
+class Selection:
+    """A mask, and what stands for the arguments of the samples that it leaves out.
 
     Args:
-        argument: what a criterion would be called with.
         mask: bool, 0-dim or with one element a sample.
-        is_first: whether it is the criterion's first argument.
-        elementwise, classwise: whether the criterion is known to compare element by element, or to have its classes
-            in the second dimension of its arguments.
-
-    Raises:
-        ArgumentError: if a tensor has no sample for each element of the mask.
     """
-    constant = _FIRST if is_first else _OTHER
 
-    def replaced(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.any = mask if mask.ndim == 0 else mask.any()
+        self._first = () if mask.ndim == 0 or mask.numel() == 0 else _first(mask)
+
+    def safe(self, argument: Any, is_first: bool, call: Call) -> Any:
+        """Returns an argument, a tensor or a tree of them, with other values where nothing is selected.
+
+        Args:
+            argument: what a criterion would be called with.
+            is_first: whether it is the criterion's first argument.
+            call: the call, which knows whether the criterion compares element by element, or has its classes in the
+                second dimension of its arguments.
+
+        Raises:
+            ArgumentError: if a tensor has no sample for each element of the mask.
+        """
+
+        def replaced(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            constant = _constant(leaf, _FIRST if is_first else _OTHER)
+            if leaf.ndim == 0 or self.mask.ndim == 0:
+                return torch.where(self.any, leaf, constant)
+            if _has_classes(leaf, self.mask, call):
+                return self._rows_replaced(leaf.movedim(1, -1), constant).movedim(-1, 1)
+            return self._rows_replaced(leaf, constant)
+
+        return replaced(argument) if isinstance(argument, Tensor) else _tree.map_leaves(replaced, argument)
+
+    def _rows_replaced(self, leaf: Tensor, constant: Tensor) -> Tensor:
+        if not self._first:  # there are no samples
             return leaf
-        if mask.ndim == 0:
-            return torch.where(mask, leaf, _constant(leaf, constant))
-        if leaf.ndim == 0:
-            return torch.where(mask.any(), leaf, _constant(leaf, constant))
-        if _has_classes(leaf, mask, elementwise, classwise):
-            return _rows_replaced(leaf.movedim(1, -1), mask, constant).movedim(-1, 1)
-        return _rows_replaced(leaf, mask, constant)
+        spread = self.mask.reshape(self.mask.shape + (1,) * (leaf.ndim - self.mask.ndim))
+        return torch.where(spread, leaf, torch.where(self.any, leaf.detach()[self._first], constant))
 
-    return replaced(argument) if isinstance(argument, Tensor) else _tree.map_leaves(replaced, argument)
+    def call(self, module: nn.Module, positional: list[Any], keywords: dict[str, Any]) -> Any:
+        """Calls a criterion whose parameters get no gradient, not even NaN, where nothing is selected."""
+        own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if not own:
+            return module(*positional, **keywords)
+        guarded = {name: torch.where(self.any, parameter, parameter.detach()) for name, parameter in own.items()}
+        return torch.func.functional_call(module, guarded, tuple(positional), keywords)
 
 
-def _has_classes(leaf: Tensor, mask: Tensor, elementwise: bool, classwise: bool) -> bool:
+def _first(mask: Tensor) -> tuple[Tensor, ...]:
+    """Returns the index of the first sample that is selected, one tensor a dimension; some index where none is."""
+    # Tensors of one element: a 0-dim one would be read from the device.
+    position = mask.reshape(-1).to(torch.uint8).argmax().reshape(1)
+    indices: list[Tensor] = []
+    for size in reversed(mask.shape):
+        indices.insert(0, position % size)
+        position = position // size
+    return tuple(indices)
+
+
+def _has_classes(leaf: Tensor, mask: Tensor, call: Call) -> bool:
     """Whether the second dimension of a tensor is not one of the mask's, as in the logits of a cross-entropy."""
     leading = leaf.shape[: mask.ndim] == mask.shape
     behind_classes = mask.ndim > 1 and leaf.shape[:1] + leaf.shape[2:] == mask.shape
@@ -97,40 +133,16 @@ def _has_classes(leaf: Tensor, mask: Tensor, elementwise: bool, classwise: bool)
             "The first dimensions of every argument from the output and the target must be those of where, or those of "
             "(N, C, d1, ...) where it is (N, d1, ...). Give what is not per sample as an Input or a constant."
         )
-    if leading and behind_classes and not elementwise and not classwise:
+    if leading and behind_classes and not call.is_elementwise and not call.is_classwise:
         raise ArgumentError(
             f"its where has shape {tuple(mask.shape)} and an argument {tuple(leaf.shape)}, "
             "which may be read as (N, d1, ...) or as (N, C, d1, ...). "
             "Give where as many dimensions as the argument has, or one dimension."
         )
-    return behind_classes and (classwise or not leading)
-
-
-def _rows_replaced(leaf: Tensor, mask: Tensor, constant: float) -> Tensor:
-    spread = mask.reshape(mask.shape + (1,) * (leaf.ndim - mask.ndim))
-    if mask.numel() == 0:
-        return leaf
-    # A tensor of one element as the index: a 0-dim one would be read from the device.
-    flat = mask.reshape(-1).to(torch.uint8).argmax().reshape(1)
-    indices = []
-    for size in reversed(mask.shape):
-        indices.append(flat % size)
-        flat = flat // size
-    selected = leaf.detach()[tuple(reversed(indices))]
-    return torch.where(spread, leaf, torch.where(mask.any(), selected, _constant(leaf, constant)))
+    return behind_classes and (call.is_classwise or not leading)
 
 
 def _constant(leaf: Tensor, constant: float) -> Tensor:
     """Returns a constant of the same dtype; integers and bools get 0."""
     is_number = leaf.is_floating_point() or leaf.is_complex()
     return torch.full((), constant if is_number else 0, dtype=leaf.dtype, device=leaf.device)
-
-
-def call_guarded(module: nn.Module, mask: Tensor, positional: list[Any], keywords: dict[str, Any]) -> Any:
-    """Calls a criterion whose parameters get no gradient, not even NaN, where nothing is selected."""
-    own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    if not own:
-        return module(*positional, **keywords)
-    any_selected = mask.any()
-    guarded = {name: torch.where(any_selected, parameter, parameter.detach()) for name, parameter in own.items()}
-    return torch.func.functional_call(module, guarded, tuple(positional), keywords)

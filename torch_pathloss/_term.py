@@ -464,21 +464,19 @@ def reduce(
     dimensions of the result.
     """
     dtype = torch.promote_types(result.dtype, torch.float32)
-    weighted = result if sample_weight is None else result * _spread(sample_weight, result)
-    if selected is None and (reduction == "mean" or (reduction == "weighted_mean" and sample_weight is None)):
-        return weighted.mean(dtype=dtype)
     mask = None if selected is None else _spread(selected, result)
-    if mask is not None:
-        weighted = torch.where(mask, weighted, 0)
+    share = None if sample_weight is None else _spread(sample_weight, result)
+    if mask is not None:  # the weights too: what is not selected may be NaN there
+        result = torch.where(mask, result, 0)
+        share = None if share is None else torch.where(mask, share, 0)
+    weighted = result if share is None else result * share
+    if mask is None and (reduction == "mean" or (reduction == "weighted_mean" and share is None)):
+        return weighted.mean(dtype=dtype)
     total = weighted.sum(dtype=dtype)
     if reduction == "sum":
         return total
-    if sample_weight is None or reduction == "mean":
-        share: Any = mask
-    else:
-        share = _spread(sample_weight, result)
-        share = share if mask is None else torch.where(mask, share, 0)
-    count = share.expand(result.shape).sum(dtype=dtype)
+    counted: Any = share if reduction == "weighted_mean" and share is not None else mask
+    count = counted.expand(result.shape).sum(dtype=dtype)
     return total / torch.where(count == 0, 1, count)
 
 

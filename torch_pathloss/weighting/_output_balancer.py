@@ -104,11 +104,10 @@ class OutputBalancer(Weighting):
         return Weighted((values * effective).sum(), effective)
 
     def _record(self, norms: Tensor, seen: Tensor) -> None:
-        """Moves the averages, which are sums over their mass."""
+        """Moves the averages, which are sums over their mass, rounded alike."""
         norms, known = over_ranks(norms, seen)
-        moved = self.decay * self.average + (1 - self.decay) * norms
-        self.average.copy_(torch.where(known, moved, self.average))
-        self.mass.copy_(torch.where(known, 1 + (self.mass - 1) * self.decay, self.mass))
+        for buffer, latest in ((self.average, norms), (self.mass, torch.ones_like(norms))):
+            buffer.copy_(torch.where(known, self.decay * buffer + (1 - self.decay) * latest, buffer))
 
     def extra_repr(self) -> str:
         feature = "" if self.feature is None else f", feature={_paths.format(self.feature)!r}"
