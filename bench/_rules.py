@@ -74,7 +74,11 @@ RULES = {rule.name: rule for rule in (*FIXED, *WEIGHTINGS)}
 
 def missing() -> set[str]:
     """Returns the names of weightings that the package exports and the table lacks."""
-    public = {name for name in package.__all__ if issubclass(getattr(package, name), Weighting)}
+    public = {
+        name
+        for name in package.__all__
+        if isinstance(kind := getattr(package, name), type) and issubclass(kind, Weighting)
+    }
     made = {type(rule.make(problem, 0)).__name__ for rule in WEIGHTINGS if rule.make for problem in ("toy", "digits")}
     # two bases, what wraps the rules of other packages, and what the fixed weights are
     return public - made - {"Factors", "Weighting", "Scalarizer", "WeightedSum"}
