@@ -159,7 +159,7 @@ class PathLossModule(nn.Module):
         """
         modules = self._modules
         weighting: Weighting | None = modules.get("weighting")  # type: ignore[assignment]
-        if torch.is_grad_enabled() and (self._grad_in_forward or (weighting is not None and weighting.uses_gradients)):
+        if torch.is_grad_enabled() and (self._grad_in_forward or (weighting is not None and weighting.needs_norms())):
             return self._forward_with_gradients(output, target, input, sample_weight)
         evaluation = self._evaluation(output, target, input, sample_weight)
         if self._uncovered != "ignore":
@@ -578,7 +578,7 @@ class PathLossModule(nn.Module):
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
         weighting = self.weighting
-        if weighting is not None and weighting.uses_gradients:
+        if weighting is not None and weighting.needs_norms():
             feature = self._feature(weighting, output)
             result = _backward.balanced(evaluate, output, leaves, parameters, self._combine, scale, every, feature)
         elif not torch.compiler.is_compiling() and weighting is None:
