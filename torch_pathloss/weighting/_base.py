@@ -38,7 +38,8 @@ class Weighting(nn.Module, ABC):
     """
 
     uses_gradients: ClassVar[bool] = False
-    """Whether `forward` is given ``norms``, the norm of the gradient of each value at the outputs, in training. Such a weighting has no parameters, which would get no gradient; its total is the sum of weight times
+    """Whether `forward` is given ``norms``, the norm of the gradient of each value at the outputs, in training.
+    Such a weighting has no parameters, which would get no gradient; its total is the sum of weight times
     value."""
 
     feature: Path | None = None
