@@ -167,6 +167,7 @@ class Factors(Weighting):
             if self.weighted_mean:
                 share = effective.sum()
                 effective = effective / torch.where(share == 0, 1, share)
+            effective = pinned(effective)
         return Weighted((values * effective).sum(), effective)  # torch.dot would not promote float32 factors to float64
 
     def extra_repr(self) -> str:
@@ -189,6 +190,16 @@ def over_ranks(values: Tensor, seen: Tensor, together: bool = True) -> tuple[Ten
         return torch.where(seen, values, 0), seen
     summed = sum_over_ranks(torch.stack([torch.where(seen, values, 0), seen.to(values.dtype)]))
     return summed[0] / summed[1].clamp(min=1), summed[1] > 0
+
+
+def pinned(effective: Tensor) -> Tensor:
+    """Returns effective weights that the backward pass of compiled code does not compute again.
+
+    It would read buffers which the forward pass has changed by then, and its gradients would silently be others than
+    those of the total (torch 2.13, https://github.com/pytorch/pytorch/pull/197039). torch computes no flip again, and
+    Inductor fuses it.
+    """
+    return effective.flip(0).flip(0) if torch.compiler.is_compiling() else effective
 
 
 def equal_to(mean: Tensor, values: Tensor, seen: Tensor) -> Tensor:
