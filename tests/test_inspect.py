@@ -14,6 +14,7 @@ from torch_pathloss import (
     ConstructionError,
     Input,
     Output,
+    PathLossError,
     PathLossModule,
     Shared,
     Target,
@@ -160,6 +161,20 @@ def test_check_covers_sample_weights_and_coverage():
         module.check({"x": torch.zeros(2)}, {"x": torch.zeros(2)}, sample_weight={"y": torch.ones(2)})
     with pytest.raises(CheckError, match=r"No term reaches the output leaf 'z'"):
         module.check({"x": torch.zeros(2), "z": torch.zeros(2)}, {"x": torch.zeros(2)})
+
+
+def test_check_finds_a_misspelt_path_of_an_absent_term():
+    shared = Shared(torch.sigmoid, Output("typo"))
+    module = PathLossModule({"x": Term(nn.MSELoss(), shared, Target("x"))})
+    output, target = {"type": torch.zeros(2)}, {"x": None}
+    text = (
+        "Term 'x': the output has no 'typo'. The walk stopped at the root, a dict with the keys 'type'. "
+        "Did you mean 'type'?"
+    )
+    for call in (module, module.check):
+        with pytest.raises(PathLossError) as caught:
+            call(output, target)
+        assert str(caught.value).endswith(text)
 
 
 def test_check_optimizer_names_the_parameters_that_are_not_trained():

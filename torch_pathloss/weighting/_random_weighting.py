@@ -84,7 +84,7 @@ class RandomWeighting(Factors):
         else:
             exponential = -torch.log1p(-uniform(self.seed, self.counter, len(values))) + 2**-25  # above 0
             drawn = exponential / exponential.sum()
-        self.counter += 1
+        self.counter.add_(1)
         return drawn
 
     def extra_repr(self) -> str:
