@@ -57,7 +57,7 @@ CASES = [
     Case("Uncertainty", Uncertainty),
     Case(
         "Uncertainty, classification, log1p",
-        lambda: Uncertainty({"b.c": "classification"}, regularizer="log1p", log_variance={"a": -0.5}),
+        lambda: Uncertainty({"b.c": "classification"}, regularizer="log1p", log_variance={"b.c": -0.5}),
     ),
     Case("IMTLL", IMTLL),
     Case("GradNorm", GradNorm),
@@ -84,7 +84,7 @@ CASES = [
     Case("FAMO", FAMO, ["before", "shares"], lambda weighting, step, *after: weighting.update(*after)),
     Case(
         "FAMO, SGD",
-        lambda: FAMO({"a": 0.01}, optimizer="sgd"),
+        lambda: FAMO({"b.c": 0.01}, optimizer="sgd"),
         ["before", "shares"],
         lambda weighting, step, *after: weighting.update(*after),
     ),
@@ -119,11 +119,11 @@ class Training:
         self.weights = torch.tensor([1.0, 0.5, 2.0])
         self.optimizer = torch.optim.Adam([self.model, *self.weighting.parameters()], lr=0.01)
 
-    def run(self, steps: Sequence[int]) -> list[Tensor]:
-        """Returns the effective weights of each step."""
+    def run(self, steps: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Returns the effective weights and the gradient of each step."""
         return [self.step(step) for step in steps]
 
-    def step(self, step: int) -> Tensor:
+    def step(self, step: int) -> tuple[Tensor, Tensor]:
         seen = seen_at(step)
         self.optimizer.zero_grad()
         total, effective = self.call(self.values(step, seen), seen, self.weights, norms_of(self.weighting, step))
@@ -131,7 +131,7 @@ class Training:
         self.optimizer.step()
         with torch.no_grad():
             self.case.after(self.weighting, step, self.values(step, seen), seen)
-        return effective
+        return effective, self.model.grad.clone()
 
     def values(self, step: int, seen: Tensor) -> Tensor:
         return torch.where(seen, self.model.square() * values_of(step), 0)
