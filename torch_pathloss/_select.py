@@ -69,8 +69,11 @@ class Selection:
 
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
-        self.any = mask if mask.ndim == 0 else mask.any()
-        self._first = () if mask.ndim == 0 or mask.numel() == 0 else _first(mask)
+        self.any = mask
+        self._first: tuple[Tensor, ...] = ()
+        if mask.ndim > 0:
+            self.any, self._first = _first(mask)
+        self._none = ~self.any
 
     def safe(self, argument: Any, is_first: bool, call: Call) -> Any:
         """Returns an argument, a tensor or a tree of them, with other values where nothing is selected.
@@ -88,39 +91,41 @@ class Selection:
         def replaced(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            constant = _constant(leaf, _FIRST if is_first else _OTHER)
+            constant = _constant(leaf, is_first)
             if leaf.ndim == 0 or self.mask.ndim == 0:
-                return torch.where(self.any, leaf, constant)
+                return leaf.masked_fill(self._none, constant)
             if _has_classes(leaf, self.mask, call):
                 return self._rows_replaced(leaf.movedim(1, -1), constant).movedim(-1, 1)
             return self._rows_replaced(leaf, constant)
 
         return replaced(argument) if isinstance(argument, Tensor) else _tree.map_leaves(replaced, argument)
 
-    def _rows_replaced(self, leaf: Tensor, constant: Tensor) -> Tensor:
+    def _rows_replaced(self, leaf: Tensor, constant: float) -> Tensor:
         if not self._first:  # there are no samples
             return leaf
         spread = self.mask.reshape(self.mask.shape + (1,) * (leaf.ndim - self.mask.ndim))
-        return torch.where(spread, leaf, torch.where(self.any, leaf.detach()[self._first], constant))
+        return torch.where(spread, leaf, leaf.detach()[self._first].masked_fill(self._none, constant))
 
     def call(self, module: nn.Module, positional: list[Any], keywords: dict[str, Any]) -> Any:
         """Calls a criterion whose parameters get no gradient, not even NaN, where nothing is selected."""
-        own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        if not own:
+        if not module._parameters and not module._modules:  # most criteria
             return module(*positional, **keywords)
+        own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         guarded = {name: torch.where(self.any, parameter, parameter.detach()) for name, parameter in own.items()}
         return torch.func.functional_call(module, guarded, tuple(positional), keywords)
 
 
-def _first(mask: Tensor) -> tuple[Tensor, ...]:
-    """Returns the index of the first sample that is selected, one tensor a dimension; some index where none is."""
-    # Tensors of one element: a 0-dim one would be read from the device.
-    position = mask.reshape(-1).to(torch.uint8).argmax().reshape(1)
+def _first(mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns whether anything is selected, and the index of a sample that is, one tensor a dimension."""
+    if mask.numel() == 0:
+        return mask.any(), ()
+    # The index stays a tensor of one element: a 0-dim one would be read from the device.
+    found, position = mask.reshape(-1).max(0, keepdim=True)
     indices: list[Tensor] = []
-    for size in reversed(mask.shape):
+    for size in reversed(mask.shape[1:]):
         indices.insert(0, position % size)
         position = position // size
-    return tuple(indices)
+    return found.squeeze(0), (position, *indices)
 
 
 def _has_classes(leaf: Tensor, mask: Tensor, call: Call) -> bool:
@@ -142,7 +147,7 @@ def _has_classes(leaf: Tensor, mask: Tensor, call: Call) -> bool:
     return behind_classes and (call.is_classwise or not leading)
 
 
-def _constant(leaf: Tensor, constant: float) -> Tensor:
-    """Returns a constant of the same dtype; integers and bools get 0."""
-    is_number = leaf.is_floating_point() or leaf.is_complex()
-    return torch.full((), constant if is_number else 0, dtype=leaf.dtype, device=leaf.device)
+def _constant(leaf: Tensor, is_first: bool) -> float:
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        return 0
+    return _FIRST if is_first else _OTHER

@@ -475,8 +475,10 @@ def reduce(
     total = weighted.sum(dtype=dtype)
     if reduction == "sum":
         return total
-    counted: Any = share if reduction == "weighted_mean" and share is not None else mask
-    count = counted.expand(result.shape).sum(dtype=dtype)
+    if mask is not None and (share is None or reduction == "mean"):
+        return total / mask.expand(result.shape).sum(dtype=dtype).clamp(min=1)
+    assert share is not None
+    count = share.expand(result.shape).sum(dtype=dtype)
     return total / torch.where(count == 0, 1, count)
 
 
