@@ -117,9 +117,11 @@ class Selection:
 
     def call(self, module: nn.Module, positional: list[Any], keywords: dict[str, Any]) -> Any:
         """Calls a criterion whose parameters get no gradient, not even NaN, where nothing is selected."""
-        if not module._parameters and not module._modules:  # most criteria
+        own: dict[str, Tensor] = {}
+        if module._parameters or module._modules:  # most criteria have neither
+            own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        if not own:
             return module(*positional, **keywords)
-        own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         guarded = {name: torch.where(self.any, parameter, parameter.detach()) for name, parameter in own.items()}
         return torch.func.functional_call(module, guarded, tuple(positional), keywords)
 
