@@ -11,9 +11,10 @@ import urllib.request
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from torch_pathloss import __main__ as command
-from torch_pathloss.demo import _data, _model, _train
+from torch_pathloss.demo import _data, _draw, _model, _train
 
 
 def run(*arguments, **options):
@@ -75,14 +76,20 @@ def test_boxes_of_empty_canvases_do_not_count():
     criterion, model = _model.make_criterion(), _model.Detector().eval()
     images, target = _data.place(_data.load(seed=0)[1], copies=1, seed=0, empty=0.5).batch(torch.arange(32))
     output = model(images)
-    weight = _model.sample_weight(target)
-    values = criterion.terms(output, target, sample_weight=weight)
     empty = target["detection"]["confidence"] == 0
     assert empty.any()
-    target["detection"]["bbox"][empty] = 7.0
-    changed = criterion.terms(output, target, sample_weight=weight)
-    for name in ("detection", "detection.bbox"):
-        assert changed[name] == values[name]
+    boxes, true = output["detection"]["bbox"], target["detection"]["bbox"]
+    by_hand = {
+        "detection": 1 - _model.iou(boxes[~empty], true[~empty]).mean(),
+        "detection.bbox": F.smooth_l1_loss(boxes[~empty], true[~empty], beta=0.1),
+    }
+    true[empty] = torch.nan
+    values = criterion.terms(output, target)
+    for name, expected in by_hand.items():
+        torch.testing.assert_close(values[name], expected)
+    (gradient,) = torch.autograd.grad(values["detection"] + values["detection.bbox"], boxes)
+    assert (gradient[empty] == 0).all()
+    assert (gradient[~empty] != 0).any(1).all()
 
 
 def test_means_leave_out_absent_terms():
@@ -108,6 +115,38 @@ def test_bad_arguments_say_what_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["--epochs", "0"])
     assert "must be at least 1, not 0" in capsys.readouterr().err
+
+
+def test_a_run_does_not_pass_off_the_pictures_of_an_earlier_one(tmp_path):
+    (tmp_path / "curves.png").touch()
+    _train.History(_train.Settings(out=tmp_path)).write({}, True, {})
+    assert (tmp_path / "curves.png").exists()  # not known to be ours
+    _train.History(_train.Settings(out=tmp_path))
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_an_interrupt_outside_of_the_training_ends_without_a_traceback(monkeypatch, capsys):
+    def interrupted(needed):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "missing_extras", interrupted)
+    assert command.main([]) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def test_curves_show_every_term_and_metric_over_whole_epochs_and_a_single_point():
+    epochs = [
+        _train.Epoch(number, {"total": 1.0, "terms/a": 2.0, "weights/a": 1.0}, {"mean_iou": 0.5})
+        for number in (1, 2, 3)
+    ]
+    for shown in (epochs, epochs[:1]):
+        total, term, metrics = _draw.curves(shown).axes[:3]
+        assert [axis.get_title() for axis in (total, term, metrics)] == ["total", "a", "validation"]
+        assert metrics.get_legend().get_texts()[0].get_text() == "mean IoU"
+        assert all(tick == int(tick) for tick in term.get_xticks())
+        (line,) = term.lines
+        assert list(line.get_ydata()) == [2.0] * len(shown)
+        assert (line.get_marker() == "o") == (len(shown) == 1)
 
 
 def test_a_short_run_writes_every_file_and_the_same_seed_gives_the_same(tmp_path):

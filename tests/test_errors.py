@@ -14,6 +14,7 @@ BUILTINS = {
     "ArgumentError": ValueError,
     "CheckError": ValueError,
     "CompileError": RuntimeError,
+    "MissingPackageError": ImportError,
     "UncoveredError": ValueError,
 }
 

@@ -14,6 +14,7 @@ from torch_pathloss import (
     ConstructionError,
     Input,
     Output,
+    PathLossError,
     PathLossModule,
     Shared,
     Target,
@@ -126,6 +127,15 @@ def test_check_accepts_what_forward_accepts_and_changes_nothing():
     assert module.last.total.isnan()
 
 
+def test_a_graph_made_before_check_can_still_run_backward():
+    module = PathLossModule({"x": nn.CrossEntropyLoss(torch.tensor([1.0, 2.0]))})
+    output, target = {"x": torch.zeros(1, 2, requires_grad=True)}, {"x": torch.tensor([1])}
+    loss = module(output, target)
+    module.check(output, target)
+    loss.backward()
+    assert output["x"].grad.tolist() == [[0.5, -0.5]]
+
+
 def test_check_tells_every_problem_in_one_message():
     output, target = data()
     output["detection"].pop("bbox")
@@ -151,6 +161,20 @@ def test_check_covers_sample_weights_and_coverage():
         module.check({"x": torch.zeros(2)}, {"x": torch.zeros(2)}, sample_weight={"y": torch.ones(2)})
     with pytest.raises(CheckError, match=r"No term reaches the output leaf 'z'"):
         module.check({"x": torch.zeros(2), "z": torch.zeros(2)}, {"x": torch.zeros(2)})
+
+
+def test_check_finds_a_misspelt_path_of_an_absent_term():
+    shared = Shared(torch.sigmoid, Output("typo"))
+    module = PathLossModule({"x": Term(nn.MSELoss(), shared, Target("x"))})
+    output, target = {"type": torch.zeros(2)}, {"x": None}
+    text = (
+        "Term 'x': the output has no 'typo'. The walk stopped at the root, a dict with the keys 'type'. "
+        "Did you mean 'type'?"
+    )
+    for call in (module, module.check):
+        with pytest.raises(PathLossError) as caught:
+            call(output, target)
+        assert str(caught.value).endswith(text)
 
 
 def test_check_optimizer_names_the_parameters_that_are_not_trained():

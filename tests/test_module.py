@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torch_pathloss import Output, PathLossModule, PathSyntaxError, Shared, Target, Term
+from torch_pathloss.schedules import linear
 
 STATE = ["weights.value", "weights.step", "weights._extra_state"]
 
@@ -299,6 +300,21 @@ def test_casting_the_module_casts_criteria_but_never_rounds_weights(dtype):
     assert criterion.last.log()["total"] == pytest.approx(0.3 * torch.tensor(3.0).log().item(), rel=1e-2)
 
 
+def test_the_default_dtype_does_not_round_what_is_recorded():
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        criterion = PathLossModule({"a": nn.MSELoss(), "b": nn.MSELoss()}, weights={"a": 0.1})
+        output = {name: torch.full((2,), 0.7, dtype=torch.float32) for name in "ab"}
+        total = criterion(output, {"a": torch.zeros(2, dtype=torch.float32), "b": None})
+        assert criterion({"a": None, "b": None}, {"a": None, "b": None}).dtype is torch.float32
+        criterion(output, {"a": torch.zeros(2, dtype=torch.float32), "b": None})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert total.dtype is torch.float32
+    assert criterion.last.log()["weights/a"] == torch.tensor(0.1).item()
+    assert criterion.last.log()["terms/a"] == F.mse_loss(output["a"], torch.zeros(2)).item()
+
+
 # The module protocol
 
 
@@ -382,6 +398,28 @@ def test_a_module_on_the_meta_device_computes_shapes():
     criterion = PathLossModule({"a": nn.MSELoss(), "b": nn.L1Loss()}).to("meta")
     tree = {"a": torch.zeros(2, device="meta"), "b": torch.zeros(2, device="meta")}
     assert criterion(tree, tree).shape == ()
+
+
+@pytest.mark.parametrize("materialize", ["to_empty", "reset_parameters"])
+def test_a_module_that_leaves_the_meta_device_has_its_weights(materialize):
+    with torch.device("meta"):
+        criterion = PathLossModule({"a": nn.MSELoss(), "b": nn.L1Loss()}, weights={"a": 0.3, "b": linear(4, 2, 1)})
+    assert criterion.weights.value.is_meta
+    if materialize == "to_empty":
+        criterion.to_empty(device="cpu")
+    else:  # as FullyShardedDataParallel does
+        for module in criterion.modules():
+            if any(tensor.is_meta for tensor in module.buffers(recurse=False)):
+                module.to_empty(device="cpu", recurse=False)
+                module.reset_parameters()
+    assert torch.equal(criterion.weights.value, torch.tensor([0.3, 4.0]))
+    assert criterion.last.total.isnan()
+    assert not any(criterion.last.present.values())
+    ones, zeros = ({"a": x, "b": x} for x in (torch.ones(2), torch.zeros(2)))
+    for weight in (4.0, 2.0):
+        torch.testing.assert_close(criterion(ones, zeros), torch.tensor(0.3 + weight))
+        assert criterion.last.log()["terms/b"] == 1
+        criterion.step()
 
 
 def test_without_grad_and_in_inference_mode_it_computes_the_same():

@@ -1,5 +1,7 @@
 """What other containers get silently wrong: each is right here, or raises with a whole sentence."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch_pathloss import (
     Output,
     PathLossModule,
     PathNotFoundError,
+    Shared,
     Target,
     Term,
     UnknownTermError,
@@ -164,17 +167,23 @@ def test_integer_class_targets_are_not_cast():
         nn.SmoothL1Loss(),
         nn.HuberLoss(),
         nn.BCEWithLogitsLoss(),
+        nn.GaussianNLLLoss(),
+        nn.HingeEmbeddingLoss(),
         nn.KLDivLoss(),
         nn.PoissonNLLLoss(),
         nn.SoftMarginLoss(),
         F.mse_loss,
         F.l1_loss,
+        functools.partial(F.hinge_embedding_loss, margin=2.0),
+        functools.partial(nn.MSELoss()),
+        torch.compile(nn.MSELoss(), backend="eager"),
         Term(nn.MSELoss(reduction="none"), reduction="mean"),
     ],
     ids=repr,
 )
 def test_a_column_against_a_row_raises_under_an_elementwise_criterion(criterion):
-    module = PathLossModule({"x": criterion})
+    variance = {"var": torch.ones(4)} if isinstance(criterion, nn.GaussianNLLLoss) else {}
+    module = PathLossModule({"x": Term(criterion, **variance) if variance else criterion})
     assert message(ArgumentError, module, {"x": torch.rand(4)}, {"x": torch.rand(4, 1)}) == (
         "Term 'x': its criterion compares element by element, but its first argument has shape (4,) and its second "
         "(4, 1). Torch would broadcast them. Give both the same shape."
@@ -188,6 +197,24 @@ def test_a_forgotten_target_is_not_an_absent_term():
     )
     assert message(PathNotFoundError, criterion, None, {"x": torch.zeros(1)}) == (
         "Term 'x': it reads 'x' of the output, but the output of the call is None. Pass it to the call."
+    )
+
+
+@pytest.mark.parametrize("result", [torch.tensor([True, False]), torch.tensor([1, 2])], ids=["bool", "int"])
+def test_a_result_without_gradient_is_not_reduced(result):
+    criterion = PathLossModule({"x": Term(lambda output, target: result, reduction="mean")})
+    tree = {"x": torch.zeros(2)}
+    assert message(CriterionReturnError, criterion, tree, tree) == (
+        f"Term 'x': its criterion returned a tensor of {result.dtype}, not of a floating-point type."
+    )
+
+
+def test_a_module_that_cannot_be_called_raises():
+    losses = {"x": nn.ParameterDict(), "y": functools.partial(nn.Module())}
+    assert message(ConstructionError, PathLossModule, losses) == (
+        "PathLossModule cannot be built:"
+        "\n  1. Term 'x': a ParameterDict has no forward, so that it cannot be called."
+        "\n  2. Term 'y': a Module has no forward, so that it cannot be called."
     )
 
 
@@ -211,6 +238,20 @@ def test_a_weight_that_is_no_finite_number_raises(weight):
     criterion = PathLossModule({"x": nn.MSELoss()})
     with pytest.raises(ArgumentError, match=r"^The weight of 'x' cannot be set: a weight must be"):
         criterion.weights["x"] = weight
+
+
+@pytest.mark.parametrize(
+    ("weight", "sentence"),
+    [
+        (1e39, "a weight is stored in float32, where 1e+39 is infinite."),
+        (torch.tensor(float("nan")), "a weight must be finite, not nan."),
+        (torch.tensor(1e39, dtype=torch.float64), "a weight is stored in float32, where 1e+39 is infinite."),
+    ],
+    ids=["float", "NaN in a tensor", "float64 tensor"],
+)
+def test_a_weight_that_is_not_finite_in_float32_raises(weight, sentence):
+    text = f"PathLossModule cannot be built: The weight of 'x': {sentence}"
+    assert message(ConstructionError, PathLossModule, {"x": nn.MSELoss()}, weights={"x": weight}) == text
 
 
 def test_a_weight_that_requires_grad_raises_since_it_would_not_be_trained():
@@ -262,6 +303,15 @@ def test_a_misspelt_target_is_noticed_while_the_output_is_absent():
     assert message(PathNotFoundError, criterion, {"a": None}, {"type": torch.zeros(1)}) == (
         "Term 'a': the target has no 'typo'. The walk stopped at the root, a dict with the keys 'type'. "
         "Did you mean 'type'?"
+    )
+
+
+def test_a_misspelt_target_of_a_shared_computation_is_noticed_while_the_output_is_absent():
+    one_hot = Shared(F.one_hot, Shared(torch.abs, Target("labl")), num_classes=3)
+    criterion = PathLossModule({"a": Term(nn.MSELoss(), Output("a"), one_hot)})
+    assert message(PathNotFoundError, criterion, {"a": None}, {"label": torch.tensor([0])}) == (
+        "Term 'a': the target has no 'labl'. The walk stopped at the root, a dict with the keys 'label'. "
+        "Did you mean 'label'?"
     )
 
 

@@ -1,5 +1,6 @@
 """Terms and sources against the same losses written out by hand."""
 
+import copy
 import functools
 
 import pytest
@@ -239,6 +240,38 @@ def test_a_criterion_with_parameters_is_trained_and_one_with_buffers_is_saved():
     criterion({"box": x, "label": logits}, {"box": y, "label": label}).backward()
     torch.testing.assert_close(criterion.get_submodule("/box").scale.grad, (x - y).abs().mean().detach())
     assert set(criterion.state_dict()) == {"/box.scale", "/label.weight", *STATE}
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, input, target, *, power=1):
+        return (self.scale * (input - target)).abs().pow(power).mean()
+
+
+def test_a_criterion_with_parameters_is_seen_through_a_partial():
+    scaled = Scaled()
+    criterion = PathLossModule({"x": functools.partial(functools.partial(scaled), power=2)})
+    assert [id(p) for p in criterion.parameters()] == [id(scaled.scale)]
+    assert not criterion.eval().get_submodule("/x").module.training
+    twin = copy.deepcopy(criterion)
+    (scale,) = twin.parameters()
+    twin({"x": torch.ones(2)}, {"x": torch.zeros(2)}).backward()  # 2 * (1 * 1) * 2
+    assert scale.grad.item() == 4
+    assert scaled.scale.grad is None
+
+
+def test_a_module_with_an_attribute_called_func_is_itself():
+    class Cropped(nn.Module):
+        func = staticmethod(F.mse_loss)
+
+        def forward(self, input, target):
+            return self.func(input[: len(target)], target)
+
+    criterion = PathLossModule({"x": Cropped()})
+    assert criterion({"x": torch.ones(3)}, {"x": torch.zeros(2)}).item() == 1
 
 
 def test_a_constant_tensor_moves_with_the_module_and_is_not_saved():

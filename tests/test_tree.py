@@ -466,6 +466,29 @@ def square(x):
     return x.square().sum()
 
 
+def test_objects_that_know_one_another_are_searched_once():
+    friends = [Plain() for _ in range(30)]
+    for friend in friends:
+        friend.__dict__.update({f"friend{i}": other for i, other in enumerate(friends)})
+    tree = {"a": X, "friend": friends[0]}
+    assert [path for path, _ in _tree.leaves(tree)] == [("a",), ("friend",)]  # 30 ** 8 ways without
+
+
+@pytest.mark.parametrize("depth", [1, 7])
+def test_a_tensor_deep_in_objects_is_found(depth):
+    node = Plain(x=X)
+    for _ in range(depth - 1):
+        node = Plain(inner=[node]) if depth < 4 else Plain(inner=node)
+    assert [leaf for _, leaf in _tree.leaves(node)] == [X]
+
+
+def test_a_key_with_dots_that_is_not_quoted_is_suggested():
+    assert message({"head": {"box.xy": X}}, "head.box.xy") == (
+        "the output has no 'head.box.xy'. The walk stopped at 'head', a dict with the keys 'box.xy'. "
+        "Did you mean 'head[\"box.xy\"]'?"
+    )
+
+
 READ = [
     ("object in an object", lambda x: Plain(a=Plain(b=x)), {"": Term(lambda o: square(o.a.b), At(""))}),
     ("path into an object in an object", lambda x: Plain(a=Plain(b=x)), {"a.b": Term(square, At("a.b"))}),

@@ -12,12 +12,14 @@ Examples:
 """
 
 from torch_pathloss._conditions import filled, known
+from torch_pathloss._conflicts import Conflicts
 from torch_pathloss._errors import (
     ArgumentError,
     CheckError,
     CompileError,
     ConstructionError,
     CriterionReturnError,
+    MissingPackageError,
     PathLossError,
     PathNotFoundError,
     PathSyntaxError,
@@ -28,6 +30,7 @@ from torch_pathloss._errors import (
 from torch_pathloss._inspect import Explanation
 from torch_pathloss._last import Last
 from torch_pathloss._module import PathLossModule
+from torch_pathloss._plots import plot_schedules
 from torch_pathloss._term import Input, Output, Shared, Target, Term
 from torch_pathloss._weights import Weights
 
@@ -37,11 +40,13 @@ __all__ = [
     "ArgumentError",
     "CheckError",
     "CompileError",
+    "Conflicts",
     "ConstructionError",
     "CriterionReturnError",
     "Explanation",
     "Input",
     "Last",
+    "MissingPackageError",
     "Output",
     "PathLossError",
     "PathLossModule",
@@ -56,4 +61,5 @@ __all__ = [
     "Weights",
     "filled",
     "known",
+    "plot_schedules",
 ]

@@ -72,6 +72,15 @@ def unusable(device: str, out: pathlib.Path) -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line. Returns the exit status: 130 after Ctrl-C, as a shell expects."""
+    try:
+        return _main(arguments)
+    except KeyboardInterrupt:  # before the training began or after it ended; in between it is `run` that ends cleanly
+        print("Interrupted.", file=sys.stderr)
+        return 130
+
+
+def _main(arguments: list[str] | None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     is_profile = arguments[:1] == ["profile"]
     options = profile_parser().parse_args(arguments[1:]) if is_profile else parser().parse_args(arguments)

@@ -117,7 +117,20 @@ def functional(
     copies = [leaf.detach() for leaf in leaves]
     gradients, (total, aux) = torch.func.grad_and_value(total_of, has_aux=True)(copies)
     values, stacked, weights, flags = aux
-    return Pass(total, values, stacked, weights, _with_flags(known, flags), gradients, [])
+    evaluation = evaluate(output)
+    reached = _where_read(evaluation, evaluation.plan.terms, leaves, gradients)
+    return Pass(total, values, stacked, weights, _with_flags(known, flags), reached, [])
+
+
+def _where_read(
+    evaluation: Evaluation, terms: Sequence[TermPlan], leaves: list[Tensor], gradients: list[Tensor]
+) -> Gradients:
+    """Returns the gradients at the leaves that a term reads, and `None` for the others, to which torch.func gives 0."""
+    read = [leaf for term in terms if not evaluation.is_let_go(term) for leaf in _read(evaluation, term)]
+    return [
+        gradient if any(leaf is other for other in read) else None
+        for leaf, gradient in zip(leaves, gradients, strict=True)
+    ]
 
 
 def _with_flags(present: list[Present], flags: list[Tensor]) -> list[Present]:
@@ -151,7 +164,8 @@ def balanced(
     values, present, rows = _gradients_of_terms(evaluate, output, leaves, parameters, every)
     with torch.no_grad():
         norms = torch.stack([_norm(_at_feature(row, leaves, feature), values[0]) for row in rows])
-        total, stacked, weights = combine(values, present, norms)
+        with torch.enable_grad():  # by which a weighting knows that it is training
+            total, stacked, weights = combine(values, present, norms)
         factors = weights if scale is None else weights * scale
         merged = _Sum(len(leaves) + len(parameters))
         for position, row in enumerate(rows):
@@ -194,7 +208,7 @@ def _functional_gradients_of_terms(
         row, (value, flags) = torch.func.grad_and_value(value_of, has_aux=True)(copies)
         values.append(value)
         presence.extend(_with_flags(known, flags))
-        rows.append(row)
+        rows.append(_where_read(evaluate(output), [term], leaves, row))
     return values, presence, rows
 
 
@@ -253,15 +267,35 @@ def term_by_term(
     return Pass(total, values, stacked, weights, present, gradients.sums[:split], gradients.sums[split:])
 
 
-def of_each_term(evaluate: Evaluate, output: Any, leaves: list[Tensor]) -> Iterator[Gradients]:
-    """Yields the gradients of each unweighted value at the leaves."""
+class OfTerm(NamedTuple):
+    """What differentiating one term gives, all of it detached."""
+
+    value: Tensor
+    present: Present
+    leaves: Gradients
+    parameters: Gradients
+
+
+def of_each_term(
+    evaluate: Evaluate, output: Any, leaves: list[Tensor], parameters: Sequence[Tensor] = (), every: bool = True
+) -> Iterator[OfTerm]:
+    """Yields the gradients of each unweighted value at the leaves, and of the criterion's parameters."""
     copies = [leaf.detach().requires_grad_() for leaf in leaves]
-    evaluation = evaluate(replaced(output, copies, every=True))
+    evaluation = evaluate(replaced(output, copies, every))
     for term in evaluation.plan.terms:
         with torch.enable_grad():
-            (value,), _ = evaluation.values([term])
+            (value,), (present,) = evaluation.values([term])
         evaluation.computed.clear()
-        yield _differentiate(value, copies, None)
+        found = _differentiate(value, [*copies, *parameters], None)
+        yield OfTerm(value.detach(), present, found[: len(copies)], found[len(copies) :])
+
+
+class Rows(NamedTuple):
+    """The weighted gradients of each term, at the leaves and then of the criterion's parameters; all of it detached."""
+
+    total: Tensor
+    present: list[Present]
+    rows: list[Gradients]
 
 
 def _run(

@@ -49,6 +49,10 @@ class CompileError(PathLossError, RuntimeError):
     """A criterion cannot be traced into one graph."""
 
 
+class MissingPackageError(PathLossError, ImportError):
+    """Something needs a package that only an extra installs."""
+
+
 class UncoveredError(PathLossError, ValueError):
     """An output leaf is reached by no term, and the module was built with ``uncovered="error"``."""
 

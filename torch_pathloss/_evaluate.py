@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from torch_pathloss import _paths, _ranks, _select, _tree
 from torch_pathloss._errors import ArgumentError, CriterionReturnError, PathLossError, PathNotFoundError
-from torch_pathloss._names import Names
 from torch_pathloss._paths import Path
 from torch_pathloss._plan import (
     INPUT,
@@ -26,6 +25,7 @@ from torch_pathloss._plan import (
     Read,
     TermPlan,
 )
+from torch_pathloss._sample_weight import by_term
 from torch_pathloss._term import Present, reduce
 
 _ABSENT = object()  # not None, which a criterion that forgets to return gives
@@ -59,7 +59,7 @@ class Evaluation:
         self.trees = trees
         self.device = device
         self.inactive = inactive
-        self.sample_weights = None if sample_weight is None else _by_term(sample_weight, plan)
+        self.sample_weights = None if sample_weight is None else by_term(sample_weight, plan)
         self.computed: dict[tuple[int | str, tuple[Path, ...]], Any] = {}
         self.selected: dict[str, Tensor] = {}
         self.is_local = False  # whether normalizers are those of this process alone
@@ -194,6 +194,7 @@ class Evaluation:
         if selected is not None:
             result = _select.checked_result(result, selected, term.reduction is not None)
         if term.reduction is not None:
+            _check_dtype(result)
             result = reduce(result, term.reduction, self.sample_weight(term, result), selected)
         elif self.sample_weights is not None and term.name in self.sample_weights:
             raise ArgumentError(
@@ -341,6 +342,8 @@ class Evaluation:
         for argument in () if captures else call.arguments:
             if type(argument) is Read:
                 self.argument(argument, ())
+            elif type(argument) is Computed:
+                self.absent(self.plan.shared[argument.index], ())
         return _ABSENT
 
     def missing(self, read: Read) -> Any:
@@ -359,13 +362,17 @@ class Evaluation:
 
         Keeps the leaves in the autograd graph, without which DistributedDataParallel waits for their parameters.
         """
-        if self.inactive is not None and self.inactive.get(term.name):
-            return torch.zeros((), device=self.device)
+        if self.is_let_go(term):
+            return torch.zeros((), dtype=torch.float32, device=self.device)
         zeros = [self.zero_of_match(term, captures) for captures in self.captures(term)]
-        return add(zeros) if zeros else torch.zeros((), device=self.device)
+        return add(zeros) if zeros else torch.zeros((), dtype=torch.float32, device=self.device)
+
+    def is_let_go(self, term: TermPlan) -> bool:
+        """Whether a term is in an inactive phase in which its outputs get no gradient, not even zero."""
+        return self.inactive is not None and self.inactive.get(term.name, False)
 
     def zero_of_match(self, term: TermPlan, captures: tuple[Path, ...]) -> Tensor:
-        zero = torch.zeros((), device=self.device)
+        zero = torch.zeros((), dtype=torch.float32, device=self.device)
         for leaf in self.output_leaves(term.reads, captures):
             if leaf.requires_grad:
                 # The sum of no element: a NaN or inf in the output does not reach it.
@@ -395,9 +402,13 @@ def add(values: list[Tensor]) -> Tensor:
 
 
 def _at_least_float32(value: Tensor) -> Tensor:
-    if not value.is_floating_point():
-        raise CriterionReturnError(f"its criterion returned a tensor of {value.dtype}, not of a floating-point type.")
+    _check_dtype(value)
     return value.to(torch.promote_types(value.dtype, torch.float32))
+
+
+def _check_dtype(result: Tensor) -> None:
+    if not result.is_floating_point():
+        raise CriterionReturnError(f"its criterion returned a tensor of {result.dtype}, not of a floating-point type.")
 
 
 def _check_shapes(positional: list[Any], keywords: dict[str, Any]) -> None:
@@ -408,37 +419,3 @@ def _check_shapes(positional: list[Any], keywords: dict[str, Any]) -> None:
             f"its criterion compares element by element, but its first argument has shape {tuple(first.shape)} and its "
             f"second {tuple(second.shape)}. Torch would broadcast them. Give both the same shape."
         )
-
-
-def _by_term(sample_weight: Any, plan: Plan) -> dict[str, Tensor]:
-    """Returns the sample weights by the name of the term.
-
-    Raises:
-        ArgumentError: if a weight is not a tensor or belongs to no term.
-    """
-    if isinstance(sample_weight, Tensor):
-        return {term.name: sample_weight for term in plan.terms}
-    found: dict[str, Tensor] = {}
-    used: set[tuple[str, bool]] = set()
-    for term in plan.terms:
-        for text, path in ((term.name, (term.name,)), (term.path_text, (term.path_text,)), (None, term.path)):
-            weight = _tree.find(sample_weight, path)
-            if isinstance(weight, Tensor):
-                found[term.name] = weight
-                used.add((text or term.path_text, text is not None))
-                break
-    if len(used) < len(_tree.values(sample_weight)):
-        raise ArgumentError(_unused(sample_weight, plan, used))
-    return found
-
-
-def _unused(sample_weight: Any, plan: Plan, used: set[tuple[str, bool]]) -> str:
-    names = Names(_paths.parse_name(term.name) for term in plan.terms)
-    for path, leaf in _tree.leaves(sample_weight):
-        text = path[0] if len(path) == 1 and isinstance(path[0], str) else _paths.format(path)
-        if leaf is None or (text, True) in used or (text, False) in used:
-            continue
-        if not isinstance(leaf, Tensor):
-            return f"The sample weight of {text!r} must be a tensor, not {_tree.describe(leaf)}."
-        return f"A sample weight is given for {text!r}, but there is {names.unknown(_paths.Name((text,)))}"
-    return "A sample weight is given twice for one term. Give it once."

@@ -213,10 +213,12 @@ def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | N
     problems: list[str] = []
     evaluation.is_local = True
     present: list[Present] = []
-    with _unchanged(evaluation.container):
+    with unchanged(evaluation.container):
         for term in evaluation.plan.terms:
             try:
                 value = evaluation.value(term)
+                if value is None:
+                    evaluation.zero(term)
                 present.append(value is not None and evaluation.selected.get(term.name, True))
                 if value is not None and term.where is not None:
                     _check_gradient(evaluation, term, value)
@@ -263,16 +265,21 @@ def _check_gradient(evaluation: Evaluation, term: TermPlan, value: Tensor) -> No
 
 
 @contextmanager
-def _unchanged(module: nn.Module) -> Iterator[None]:
-    before = [(buffer, buffer.clone()) for buffer in module.buffers()]
-    devices = {buffer.device for buffer, _ in before if buffer.device.type == "cuda"}
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Leaves the buffers of a module and the random numbers as they are.
+
+    A buffer that nothing wrote to is not written back: a graph that saved it could not run backward any more.
+    """
+    before = [(b, b.clone(), b._version) for b in module.buffers() if not b.is_inference()]
+    devices = {buffer.device for buffer, _, _ in before if buffer.device.type == "cuda"}
     try:
         with torch.random.fork_rng(list(devices)):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
+            for buffer, value, version in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
 
 
 def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -42,12 +42,17 @@ class Last(nn.Module):
         super().__init__()
         self._names = names
         count = len(names)
-        # values [K], weights [K], presence [K], total
-        record = torch.full((3 * count + 1,), torch.nan)
-        record[2 * count : 3 * count] = 0.0
+        record = torch.empty(3 * count + 1, dtype=torch.float32)  # values [K], weights [K], presence [K], total
         self.register_buffer("record", record, persistent=False)
         self._rows: tuple[Tensor, ...] = self._split(record)  # views for eager writes, renewed when the buffer moves
-        self.register_buffer("ones", torch.ones(count), persistent=False)
+        self.register_buffer("ones", torch.empty(count, dtype=torch.float32), persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forgets the latest ``forward``. Done of itself when the module leaves the meta device."""
+        self.ones.fill_(1.0)
+        self.record.fill_(torch.nan)
+        self.record[2 * len(self._names) : -1] = 0.0
 
     @property
     def total(self) -> Tensor:
@@ -125,7 +130,10 @@ class Last(nn.Module):
         return f"Last({self.log()})"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Last:
+        was_meta = self.record.is_meta
         keep_float32(self, fn, super()._apply)
+        if was_meta and not self.record.is_meta:
+            self.reset_parameters()
         return self
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from torch_pathloss import _backward, _compile, _inspect, _paths, _ranks, _tree
+from torch_pathloss import _backward, _compare, _compile, _inspect, _paths, _ranks, _tree
+from torch_pathloss._conflicts import Conflicts
 from torch_pathloss._errors import ArgumentError, CheckError, CompileError, ConstructionError, PathLossError
 from torch_pathloss._evaluate import Evaluation
 from torch_pathloss._inspect import UNCOVERED, Explanation, Uncovered
@@ -445,10 +446,68 @@ class PathLossModule(nn.Module):
         _, leaves = _backward.leaves_of(output, every=True)
 
         def evaluate(cut: Any) -> Evaluation:
-            return self._evaluation(cut, target, input, sample_weight)
+            evaluation = self._evaluation(cut, target, input, sample_weight)
+            evaluation.is_local = True  # one process may look while the others go on
+            return evaluation
 
-        gradients = _backward.of_each_term(evaluate, output, leaves)
-        return {name: _backward.mirrored(output, found) for name, found in zip(self.weights, gradients, strict=True)}
+        terms = _backward.of_each_term(evaluate, output, leaves)
+        return {name: _backward.mirrored(output, of.leaves) for name, of in zip(self.weights, terms, strict=True)}
+
+    def conflicts(
+        self,
+        output: Any,
+        target: Any = None,
+        *,
+        input: Any = None,
+        sample_weight: Any = None,
+        wrt: _compare.Wrt = None,
+        threshold: float = 0.0,
+    ) -> Conflicts:
+        """Compares the gradients of the unweighted values: their norms, and the cosine of each pair of terms.
+
+        For diagnosis: it differentiates each term by itself, and reads from the device once. No ``.grad``, no buffer
+        and no random number is changed, `last` is not written, and the model's graph can still run backward. Of several
+        processes, one may call it by itself: gradients, and the counts of normalizers, are its own. The errors are
+        those of a call.
+
+        Args:
+            output: the model's output; still in its graph if ``wrt`` is given.
+            target: as in a call.
+            input: as in a call.
+            sample_weight: as in a call.
+            wrt: what the gradients are taken by. A tensor or an iterable of tensors that the output was computed from:
+                a shared feature, or parameters such as ``model.backbone.parameters()``, of which the frozen ones are
+                left out; or the path of a node of the output, as text, for a feature that the model returns. Each term
+                then goes backward through the model. Default: ``None``, the leaves of the output, where it does not.
+            threshold: the cosine below which two terms oppose each other. Default: 0.0.
+
+        Returns:
+            A table that prints, with its numbers as attributes and a heat map. See `Conflicts`.
+
+        Raises:
+            ArgumentError: if no term depends on ``wrt``, or it holds something other than tensors.
+
+        Examples:
+            >>> import torch
+            >>> from torch import nn
+            >>> from torch_pathloss import PathLossModule, Target, Term
+            >>> criterion = PathLossModule({"x:near": nn.MSELoss(), "x:far": Term(nn.MSELoss(), target=Target("y"))})
+            >>> weight = torch.ones(2, requires_grad=True)
+            >>> output, target = {"x": weight * 3.0}, {"x": torch.zeros(2), "y": torch.full((2,), 5.0)}
+            >>> conflicts = criterion.conflicts(output, target, wrt=weight)
+            >>> conflicts.opposing
+            (('x:near', 'x:far', -1.0),)
+            >>> {name: round(norm, 3) for name, norm in conflicts.norms.items()}  # 3 * 3 * sqrt(2), 3 * 2 * sqrt(2)
+            {'x:near': 12.728, 'x:far': 8.485}
+        """
+
+        def evaluate(cut: Any) -> Evaluation:
+            evaluation = self._evaluation(cut, target, input, sample_weight)
+            evaluation.is_local = True  # one process may look while the others go on
+            return evaluation
+
+        weights = self.weights.value if self.weighting is None else torch.stack(list(self.last.weights.values()))
+        return _compare.compare(evaluate, output, wrt, weights, threshold)
 
     def compile(self, **kwargs: Any) -> None:
         """Compiles the call, `value_and_grad` and `backward` in place, for many small independent losses.
@@ -514,7 +573,9 @@ class PathLossModule(nn.Module):
         """Computes the total and its gradients, and records them in `last`."""
 
         def evaluate(cut: Any) -> Evaluation:
-            return self._evaluation(cut, target, input, sample_weight)
+            evaluation = self._evaluation(cut, target, input, sample_weight)
+            evaluation.is_local = True  # one process may look while the others go on
+            return evaluation
 
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
@@ -532,19 +593,41 @@ class PathLossModule(nn.Module):
         self.last.write(result.values, result.stacked, result.present, result.weights, result.total)
         return result
 
+    def _weighted_gradients(
+        self, output: Any, target: Any, input: Any, sample_weight: Any, leaves: list[Tensor]
+    ) -> _backward.Rows:
+        """Computes the gradients of weight times value of each term, and records the values in `last`."""
+
+        def evaluate(cut: Any) -> Evaluation:
+            evaluation = self._evaluation(cut, target, input, sample_weight)
+            evaluation.is_local = True  # one process may look while the others go on
+            return evaluation
+
+        if self._uncovered != "ignore":
+            _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
+        terms = list(_backward.of_each_term(evaluate, output, leaves, self._trained_parameters(), every=False))
+        values, present = [term.value for term in terms], [term.present for term in terms]
+        total, stacked, weights = weighted_sum(values, self.weights.value)
+        self.last.write(values, stacked, present, weights, total)
+        rows = [
+            [None if g is None else g * weight.to(g.dtype) for g in (*term.leaves, *term.parameters)]
+            for term, weight in zip(terms, weights, strict=True)
+        ]
+        return _backward.Rows(total, present, rows)
+
     def _feature(self, weighting: Weighting, output: Any) -> Tensor | None:
         """Returns the tensor of the output at which a weighting wants the norms of gradients."""
         if weighting.feature is None:
             return None
         if torch.compiler.is_compiling():
             raise ArgumentError(_compile.NO_FEATURE)
-        path = _paths.parse(weighting.feature)
-        feature = _tree.walk(output, path, TREES[OUTPUT])
+        feature = _tree.walk(output, weighting.feature, TREES[OUTPUT])
         if not isinstance(feature, Tensor) or not feature.requires_grad:
             found = "a tensor without gradient" if isinstance(feature, Tensor) else _tree.describe(feature)
             raise ArgumentError(
-                f"The weighting {type(weighting).__name__} takes the norms of gradients at {_paths.format(path)!r} "
-                f"of the output, but that is {found}. It must be a tensor of the model's graph."
+                f"The weighting {type(weighting).__name__} takes the norms of gradients at "
+                f"{_paths.format(weighting.feature)!r} of the output, but that is {found}. "
+                "It must be a tensor of the model's graph."
             )
         return feature
 

@@ -285,6 +285,8 @@ class _Binder:
                     value_at(value, 0)
                 except ArgumentError as error:
                     self.problems.append(f"The weight of {text!r}: {error}")
+            elif isinstance(value, Tensor) and (problem := not_a_weight(float(value))):
+                self.problems.append(f"The weight of {text!r}: {problem}")
         return tuple(values)
 
     def term(self, name: Name, term: Term) -> TermPlan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import numbers
@@ -303,6 +304,9 @@ def not_a_criterion(value: Any) -> str | None:
         return f"{value.__name__} is a class. Did you mean {value.__name__}()?"
     if not callable(value):
         return f"{value!r} of type {type(value).__name__} is not callable."
+    inner = _unwrapped(value)
+    if isinstance(inner, nn.Module) and getattr(inner.forward, "__func__", None) is nn.Module.forward:
+        return f"a {type(inner).__name__} has no forward, so that it cannot be called."
     return None
 
 
@@ -321,6 +325,8 @@ def not_a_weight(value: Any) -> str | None:
         return f"a weight must be a float, a 0-dim tensor or a schedule, not {value!r} of type {type(value).__name__}."
     if not math.isfinite(value):
         return f"a weight must be finite, not {value!r}."
+    if abs(float(value)) > torch.finfo(torch.float32).max:
+        return f"a weight is stored in float32, where {value!r} is infinite."
     return None
 
 
@@ -346,6 +352,9 @@ class FunctionCriterion(nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.function = function
+        inner = _unwrapped(function)
+        if isinstance(inner, nn.Module):  # its parameters and buffers are seen through a functools.partial too
+            self.module = inner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
@@ -361,6 +370,8 @@ _ELEMENTWISE_MODULES = (
     nn.HuberLoss,
     nn.BCELoss,
     nn.BCEWithLogitsLoss,
+    nn.GaussianNLLLoss,
+    nn.HingeEmbeddingLoss,
     nn.KLDivLoss,
     nn.PoissonNLLLoss,
     nn.SoftMarginLoss,
@@ -375,6 +386,8 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
         F.huber_loss,
         F.binary_cross_entropy,
         F.binary_cross_entropy_with_logits,
+        F.gaussian_nll_loss,
+        F.hinge_embedding_loss,
         F.kl_div,
         F.poisson_nll_loss,
         F.soft_margin_loss,
@@ -383,9 +396,16 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
 )
 
 
+def _unwrapped(criterion: Criterion) -> Criterion:
+    """Returns what a `functools.partial` was given, or `torch.compile` if it was a module."""
+    if isinstance(criterion, functools.partial):
+        return _unwrapped(criterion.func)
+    return criterion._modules.get("_orig_mod") or criterion if isinstance(criterion, nn.Module) else criterion
+
+
 def is_elementwise(criterion: Criterion) -> bool:
     """Whether a criterion is one of torch's that compares element by element, so that shapes must be equal."""
-    function = getattr(criterion, "func", criterion)  # a functools.partial
+    function = _unwrapped(criterion)
     if isinstance(function, nn.Module):
         return type(function).forward in _ELEMENTWISE_FORWARDS
     try:
@@ -400,7 +420,7 @@ _CLASSWISE_FUNCTIONS = (F.cross_entropy, F.nll_loss)
 
 def is_classwise(criterion: Criterion) -> bool:
     """Whether a criterion is one of torch's whose arguments have the classes in their second dimension."""
-    function = getattr(criterion, "func", criterion)  # a functools.partial
+    function = _unwrapped(criterion)
     if isinstance(function, nn.Module):
         return type(function).forward in _CLASSWISE_FORWARDS
     return any(function is known for known in _CLASSWISE_FUNCTIONS)

@@ -193,7 +193,7 @@ def children(node: Any) -> tuple[_Found, ...] | None:
         return registered
     if dataclasses.is_dataclass(node):
         return tuple(_Found(field.name, getattr(node, field.name)) for field in dataclasses.fields(node))
-    if not _holds_tensors(node, _DEPTH):
+    if not _holds_tensors(node):
         return None
     public = tuple(found for found in _attributes(node) if not found.entry.startswith("_"))
     return public or None
@@ -207,7 +207,7 @@ def _parts(node: Any) -> tuple[_Found, ...] | None:
     opened = children(node)
     if isinstance(node, (Mapping, Sequence)) or _is_closed(node) or _registered(node) is not None:
         return opened
-    if opened is None and not _holds_tensors(node, _DEPTH):
+    if opened is None and not _holds_tensors(node):
         return None
     named = {found.entry for found in opened or ()}
     return (*(opened or ()), *(found for found in _attributes(node) if found.entry not in named))
@@ -225,17 +225,34 @@ def _as_tuple(slots: Any) -> tuple[str, ...]:
     return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
-def _holds_tensors(node: Any, depth: int) -> bool:
-    """Whether a tensor stands in a plain object, at most so many objects and containers deep."""
-    if isinstance(node, Tensor):
-        return True
-    if depth == 0 or _is_closed(node) or inspect.isroutine(node) or isinstance(node, _TEXT):
-        return False
+def _holds_tensors(node: Any) -> bool:
+    """Whether a tensor stands in a plain object, at most `_DEPTH` objects and containers deep.
+
+    Level by level, and every object once: objects that know one another would be searched again and again.
+    """
+    level, seen = [node], {id(node): node}  # kept, so that nothing new gets the same id
+    for _ in range(_DEPTH):
+        below: list[Any] = []
+        for parent in level:
+            for child in _held(parent):
+                if isinstance(child, Tensor):
+                    return True
+                if not _is_closed(child) and id(child) not in seen:
+                    seen[id(child)] = child
+                    below.append(child)
+        level = below
+    return False
+
+
+def _held(node: Any) -> list[Any]:
+    """Returns what a plain object or container holds."""
+    if inspect.isroutine(node) or isinstance(node, _TEXT):
+        return []
     if isinstance(node, Mapping):
-        return any(_holds_tensors(node[key], depth - 1) for key in node.keys())  # noqa: SIM118
+        return [node[key] for key in node.keys()]  # noqa: SIM118
     if isinstance(node, Sequence):
-        return any(_holds_tensors(child, depth - 1) for child in node)
-    return any(_holds_tensors(child, depth - 1) for _, child in _attributes(node))
+        return list(node)
+    return [child for _, child in _attributes(node)]
 
 
 def expand(tree: Any, path: Path, name: str) -> list[tuple[Path, ...]]:
@@ -446,13 +463,20 @@ def put(node: Any, entry: Any, child: Any) -> bool:
 
 def find(tree: Any, path: Path) -> Any:
     """Returns the node at a path, or `None` where there is none."""
+    return find_at(tree, path)[1]
+
+
+def find_at(tree: Any, path: Path) -> tuple[Path, Any]:
+    """Returns the path to a node as `locate` does, and the node, or `None` where there is none."""
     node = tree
+    located: Path = ()
     for entry in path:
         found = _step(node, entry)
         if found is None:
-            return None
+            return located, None
         node = found.child
-    return node
+        located = (*located, found.entry)
+    return located, node
 
 
 def values(tree: Any) -> list[Any]:
@@ -505,6 +529,9 @@ def _not_found(tree: Any, path: Path, depth: int, node: Any, name: str) -> str:
     if isinstance(node, Tensor):
         return text + " A path never goes into a tensor."
     siblings = {_paths.format((entry,)): entry for entry, _ in children(node) or ()}
+    whole = _paths.format(path[depth:])  # a key with dots that was not quoted
+    if whole in siblings.values():
+        return text + did_you_mean(_paths.format((*path[:depth], whole)))
     near = nearest(_paths.format((path[depth],)), siblings)
     if near is not None:
         return text + did_you_mean(_paths.format((*path[:depth], siblings[near], *path[depth + 1 :])))

@@ -56,8 +56,8 @@ class Weights(nn.Module):
         self._names = names
         self._schedules = {k: as_schedule(weight) for k, weight in enumerate(weights) if is_schedule(weight)}
         self._step = 0  # what the buffer holds, so that a step reads nothing from the device
-        values = [0.0 if k in self._schedules else float(weight) for k, weight in enumerate(weights)]  # type: ignore[arg-type]
-        self.register_buffer("value", torch.tensor(values, dtype=torch.float32))
+        self._initial = [0.0 if k in self._schedules else float(weight) for k, weight in enumerate(weights)]  # type: ignore[arg-type]
+        self.register_buffer("value", torch.tensor(self._initial, dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self.register_load_state_dict_pre_hook(_match_names)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_read_step)  # type: ignore[no-untyped-call]
@@ -68,6 +68,17 @@ class Weights(nn.Module):
         """The schedules by name of the term."""
         names = list(self._names)
         return {names[position]: schedule for position, schedule in self._schedules.items()}
+
+    def reset_parameters(self) -> None:
+        """Sets weights and step to what they were at construction.
+
+        Done of itself when the module leaves the meta device, on which `torch.device("meta")` builds it.
+        """
+        self._step = 0
+        with torch.no_grad():
+            self.step.zero_()
+            self.value.copy_(torch.tensor(self._initial))
+        self._follow()
 
     def advance(self) -> None:
         """Advances the step by one, and sets the scheduled weights. `PathLossModule.step` calls it.
@@ -173,12 +184,15 @@ class Weights(nn.Module):
     def texts(self) -> list[str]:
         """Returns each weight as text, with its schedule. Reads from the device."""
         return [
-            f"{weight:g}{f' of {self._schedules[position]!r}' if position in self._schedules else ''}"
+            f"{weight:g}{f' by {self._schedules[position]!r}' if position in self._schedules else ''}"
             for position, weight in enumerate(self.value.tolist())
         ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weights:
+        was_meta = self.value.is_meta
         keep_float32(self, fn, super()._apply)
+        if was_meta and not self.value.is_meta:
+            self.reset_parameters()
         return self
 
 

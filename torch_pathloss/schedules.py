@@ -88,7 +88,7 @@ def value_at(schedule: Function, step: int) -> float:
     value = schedule(step)
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ArgumentError(
-            f"the schedule {schedule!r} gave {value!r} of type {type(value).__name__} at step {step}. "
+            f"the schedule {as_schedule(schedule)!r} gave {value!r} of type {type(value).__name__} at step {step}. "
             "It must give a finite number."
         )
     return float(value)

@@ -46,7 +46,7 @@ class Display:
         self._latest = epoch
         if self._live is None:
             terms = "  ".join(f"{name.removeprefix('terms/')} {value:.3f}" for name, value in _shown(epoch.terms))
-            metrics = "  ".join(f"{name.replace('_', ' ')} {value:.3f}" for name, value in epoch.metrics.items())
+            metrics = "  ".join(f"{in_words(name)} {value:.3f}" for name, value in epoch.metrics.items())
             self._console.print(
                 f"epoch {epoch.number:2d}/{self._epochs}  {terms}  |  {metrics}", soft_wrap=True, highlight=False
             )
@@ -66,9 +66,14 @@ class Display:
         if self._latest is not None:
             table.add_section()
             for name, metric in self._latest.metrics.items():
-                table.add_row(f"validation {name.replace('_', ' ')}", "", "", f"{metric:.4f}")
+                table.add_row(f"validation {in_words(name)}", "", "", f"{metric:.4f}")
         return table
 
 
 def _shown(logged: dict[str, float]) -> list[tuple[str, float]]:
     return [(name, value) for name, value in logged.items() if not name.startswith("weights/")]
+
+
+def in_words(metric: str) -> str:
+    """Returns the name of a metric as it is shown."""
+    return metric.replace("_", " ").replace("iou", "IoU")

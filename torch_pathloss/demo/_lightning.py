@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from torch_pathloss import PathLossModule
 from torch_pathloss.demo._data import Canvases, Digits
-from torch_pathloss.demo._model import evaluate, sample_weight
+from torch_pathloss.demo._model import evaluate
 from torch_pathloss.demo._train import Epoch, Means, Observer, Settings, batches, optimizer_for, steps_of
 
 
@@ -50,7 +50,7 @@ class _Module(L.LightningModule):
 
     def training_step(self, batch: Canvases, index: int) -> Tensor:
         images, target = batch
-        loss: Tensor = self.criterion(self.model(images), target, sample_weight=sample_weight(target))
+        loss: Tensor = self.criterion(self.model(images), target)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Canvases, batch_idx: int) -> None:

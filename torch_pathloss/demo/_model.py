@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torch_pathloss import PathLossModule, Term
-from torch_pathloss.demo._data import IGNORED, Canvases, DetectionTarget, DigitTarget
+from torch_pathloss import PathLossModule, Shared, Target, Term
+from torch_pathloss.demo._data import IGNORED, Canvases, DetectionTarget
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -59,31 +59,31 @@ def _area(boxes: Tensor) -> Tensor:
 
 
 class OverlapLoss(nn.Module):
-    """1 - IoU over the canvases that show a digit: a criterion on the whole subtree ``detection``."""
+    """1 - IoU of each canvas, ``(N,)``: a criterion on the whole subtree ``detection``."""
 
     def forward(self, output: DetectionTarget, target: DetectionTarget) -> Tensor:
-        shown = target["confidence"]
-        return ((1 - iou(output["bbox"], target["bbox"])) * shown).sum() / shown.sum().clamp(min=1)
+        return 1 - iou(output["bbox"], target["bbox"])
+
+
+def shows_a_digit(confidence: Tensor) -> Tensor:
+    """Returns which canvases are not empty."""
+    return confidence > 0.5
 
 
 def make_criterion() -> PathLossModule:
-    """Returns the criterion of the README, for real."""
+    """Returns the criterion of the README, for real. Boxes of empty canvases do not count."""
+    shown = Shared(shows_a_digit, Target("detection.confidence"))
     return PathLossModule(
         {
             "classification": nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=0.05),
-            "detection": OverlapLoss(),
-            "detection.bbox": Term(nn.SmoothL1Loss(reduction="none", beta=0.1), reduction="weighted_mean"),
+            "detection": Term(OverlapLoss(), where=shown, reduction="mean"),
+            "detection.bbox": Term(nn.SmoothL1Loss(reduction="none", beta=0.1), where=shown, reduction="mean"),
             "detection.confidence": nn.BCEWithLogitsLoss(),
             "aux.*": Term(nn.BCEWithLogitsLoss(), match="mean"),
         },
         weights={"detection.bbox": 5.0, "aux.*": 0.5},
         uncovered="error",
     )
-
-
-def sample_weight(target: DigitTarget) -> dict[str, Tensor]:
-    """Boxes of empty canvases do not count."""
-    return {"detection.bbox": target["detection"]["confidence"]}
 
 
 @torch.no_grad()
@@ -94,7 +94,7 @@ def evaluate(model: nn.Module, canvases: Canvases) -> dict[str, float]:
     output = model(canvases.images)
     model.train(was_training)
     detection = canvases.target["detection"]
-    shown = detection["confidence"] > 0.5
+    shown = shows_a_digit(detection["confidence"])
     right = output["classification"].argmax(1) == canvases.target["classification"]
     overlap = iou(output["detection"]["bbox"], detection["bbox"])
     sure = (output["detection"]["confidence"] > 0) == shown

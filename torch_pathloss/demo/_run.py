@@ -10,7 +10,7 @@ from rich.console import Console
 from torch_pathloss.demo import _draw
 from torch_pathloss.demo._data import Digits, load, place
 from torch_pathloss.demo._display import Display
-from torch_pathloss.demo._model import Detector, evaluate, make_criterion, sample_weight
+from torch_pathloss.demo._model import Detector, evaluate, make_criterion
 from torch_pathloss.demo._train import Epoch, History, Observer, Settings, batches
 
 
@@ -52,7 +52,7 @@ def run(settings: Settings) -> int:
 
     images, target = next(batches(trained, settings, epoch=1))
     output = model(images)
-    criterion.check(output, target, sample_weight=sample_weight(target))
+    criterion.check(output, target)
     explanation = criterion.explain(output, target)
     console.print(f"{criterion}\n", highlight=False, soft_wrap=True, markup=False)
     console.print(explanation if console.is_terminal else str(explanation), highlight=False, soft_wrap=True)

@@ -17,7 +17,7 @@ from torch import nn
 import torch_pathloss
 from torch_pathloss import PathLossModule
 from torch_pathloss.demo._data import Canvases, Digits, place
-from torch_pathloss.demo._model import evaluate, sample_weight
+from torch_pathloss.demo._model import evaluate
 
 BATCH = 64
 COPIES = 2
@@ -115,7 +115,7 @@ def train(
     means = Means()
     for epoch in range(1, settings.epochs + 1):
         for step, (images, target) in enumerate(batches(digits, settings, epoch), 1):
-            loss = criterion(model(images), target, sample_weight=sample_weight(target))
+            loss = criterion(model(images), target)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -136,9 +136,9 @@ class History:
         self.epochs: list[Epoch] = []
         self._start = time.perf_counter()
         settings.out.mkdir(parents=True, exist_ok=True)
-        if (settings.out / "metrics.json").exists():  # an earlier run of ours, whose curves TensorBoard would mix in
-            for events in settings.out.glob("events.out.tfevents.*"):
-                events.unlink()
+        if (settings.out / "metrics.json").exists():  # an earlier run of ours, whose curves would pass for this one's
+            for old in (*settings.out.glob("events.out.tfevents.*"), *settings.out.glob("*.png")):
+                old.unlink()
         self._writer: Any = SummaryWriter(str(settings.out))
 
     def step(self, epoch: int, step: int, steps: int, logged: dict[str, float]) -> None:

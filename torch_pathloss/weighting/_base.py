@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from torch_pathloss._errors import ConstructionError
-from torch_pathloss._names import names_from_tensor, names_to_tensor
+from torch_pathloss import _paths
+from torch_pathloss._errors import ArgumentError, ConstructionError, PathLossError, listed
+from torch_pathloss._names import Names, names_from_tensor, names_to_tensor
 from torch_pathloss._paths import Path
-from torch_pathloss._ranks import sum_over_ranks
+from torch_pathloss._ranks import sum_over_ranks, world_size
 from torch_pathloss._term import Present
-from torch_pathloss._weights import keep_float32
 
 Self = TypeVar("Self", bound="Weighting")
+Option = TypeVar("Option")
 
 
 class Weighted(NamedTuple):
@@ -32,7 +33,8 @@ class Weighting(nn.Module, ABC):
     """A rule from the values of the terms to a total. Its state is in buffers and parameters.
 
     A subclass makes its state in `setup` and combines values in `forward`. State changes only where `updates()` says
-    so, in place, without a read from the device and without a branch on data.
+    so, in place, without a read from the device and without a branch on data. What is made of state that the same call
+    changes goes through `pinned` before it meets the values.
     """
 
     uses_gradients: ClassVar[bool] = False
@@ -40,7 +42,7 @@ class Weighting(nn.Module, ABC):
     gradients. Such a weighting has no parameters, which would get no gradient; its total is the sum of weight times
     value."""
 
-    feature: str | Path | None = None
+    feature: Path | None = None
     """The path in the output of the tensor at which ``norms`` are taken instead."""
 
     def __init__(self) -> None:
@@ -80,6 +82,26 @@ class Weighting(nn.Module, ABC):
             norms: ``[K]``, detached: see `uses_gradients`.
         """
 
+    def by_name(
+        self, option: str, given: Option | Mapping[str | Path, Option], names: Sequence[str], default: Option
+    ) -> list[Option]:
+        """Returns an option for each term: one value for all, or a mapping by name, in any spelling.
+
+        Raises:
+            ConstructionError: if the mapping names a term that does not exist.
+        """
+        if not isinstance(given, Mapping):
+            return [given] * len(names)
+        known, found, problems = Names(map(_paths.parse_name, names)), [default] * len(names), []
+        for name, value in given.items():
+            try:
+                found[known.index(name)] = value
+            except PathLossError as error:
+                problems.append(f"{option}: {error}")
+        if problems:
+            raise ConstructionError(f"{type(self).__name__} does not fit the terms:{listed(problems)}")
+        return found
+
     def updates(self) -> bool:
         """Whether a call changes the state: in training mode, and where gradients are recorded."""
         return self.training and torch.is_grad_enabled()
@@ -95,7 +117,15 @@ class Weighting(nn.Module, ABC):
         """Does nothing: the names were compared before anything was loaded."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Weighting:
-        keep_float32(self, fn, super()._apply)
+        """Leaves nothing below float32: a learned number in bfloat16 would not move by a small step."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if tensor.is_floating_point() and moved.dtype.itemsize < 4 <= tensor.dtype.itemsize:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -120,7 +150,8 @@ class Factors(Weighting):
         """Returns the factors ``[K]``, and changes the state if ``update``. Runs without gradients.
 
         Args:
-            values: ``[K]``, detached: the mean of each value over the processes that saw a finite one; else 0.
+            values: ``[K]``, detached: the mean of each value over the processes that saw a finite one; else 0. Without
+                ``update`` those of this process, which may be the only one that evaluates.
             seen: ``[K]``, bool: whether any process saw a finite value.
             update: whether to change the state.
         """
@@ -130,27 +161,67 @@ class Factors(Weighting):
     ) -> Weighted:
         update = self.updates()
         with torch.no_grad():
-            effective = self.factors(*over_ranks(values.detach(), seen), update).to(values.dtype)
+            effective = self.factors(*over_ranks(values.detach(), seen, update), update)
             if weights is not None:
                 effective = effective * weights
             effective = torch.where(seen, effective, 0)
             if self.weighted_mean:
                 share = effective.sum()
                 effective = effective / torch.where(share == 0, 1, share)
-        return Weighted(torch.dot(values, effective), effective)
+            effective = pinned(effective)
+        return Weighted((values * effective).sum(), effective)  # torch.dot would not promote float32 factors to float64
 
     def extra_repr(self) -> str:
         return "weighted_mean=True" if self.weighted_mean else ""
 
 
-def over_ranks(values: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def over_ranks(values: Tensor, seen: Tensor, together: bool = True) -> tuple[Tensor, Tensor]:
     """Returns the mean of each value over the processes that saw a finite one, 0 where none did, and whether any did.
 
     A loss that is not finite, which a GradScaler skips, must not stay in a moving average for ever.
+
+    Args:
+        values: ``[K]``, detached.
+        seen: ``[K]``, bool.
+        together: whether every process calls this. `Weighting.updates` says so: an evaluation may run on one alone,
+            and would wait for the others for ever.
     """
     seen = seen & values.isfinite()
+    if not together or world_size() == 1:
+        return torch.where(seen, values, 0), seen
     summed = sum_over_ranks(torch.stack([torch.where(seen, values, 0), seen.to(values.dtype)]))
     return summed[0] / summed[1].clamp(min=1), summed[1] > 0
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Returns a tensor of at least one dimension that compiled code keeps for backward instead of computing it again.
+
+    What is made of state that the same call changes must go through this before it meets the values. Else Inductor's
+    partitioner may compute it again in backward, from the state of the next step, and the gradients are silently wrong
+    (https://github.com/pytorch/pytorch/pull/197039, torch 2.11 to 2.13). It computes again only what is on its list of
+    cheap operations, where flip is not; a flip costs no kernel of its own.
+
+    Raises:
+        ArgumentError: under ``activation_memory_budget`` below 1, by which everything is computed again.
+    """
+    if not torch.compiler.is_compiling():
+        return tensor
+    if torch._functorch.config.activation_memory_budget < 1:
+        raise ArgumentError(
+            "A weighting cannot be compiled with torch._functorch.config.activation_memory_budget below 1, by which "
+            "backward would compute its weights again from the state of the next step. Set it to 1, or do not compile "
+            "the criterion."
+        )
+    return tensor.flip(0).flip(0)
+
+
+def equal_to(mean: Tensor, values: Tensor, seen: Tensor) -> Tensor:
+    """Returns a tensor that equals the mean values of `over_ranks`, and whose derivative by this process's own is 1.
+
+    For a total that is no sum: made of the mean values, it gives every process the same effective weights, so that the
+    mean of the gradients over the processes is the gradient of the total. NaN where an own value is not finite.
+    """
+    return torch.where(seen, values - values.detach(), 0) + mean
 
 
 def _refuse_other_names(

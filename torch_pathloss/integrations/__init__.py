@@ -1,0 +1,1 @@
+"""The container together with other libraries. Each module needs its library, which an extra installs."""
