@@ -237,8 +237,8 @@ class PathLossModule(nn.Module):
             inputs: the ``input`` of each micro-batch, if a normalizer reads it. Default: ``None``.
 
         Raises:
-            ArgumentError: if no term has a normalizer, a normalizer reads the output, which is not known yet, or there
-                are no micro-batches or not as many inputs as targets.
+            ArgumentError: if no term has a normalizer, a normalizer reads the output, which is not known yet, there are
+                no micro-batches or not as many inputs as targets, or it is entered already.
 
         Examples:
             >>> import torch
@@ -252,6 +252,8 @@ class PathLossModule(nn.Module):
             >>> total  # 4 ones over 4 boxes
             tensor(1.)
         """
+        if self._accumulates:
+            raise ArgumentError("accumulate() is entered twice. Leave it after the micro-batches of one step.")
         if isinstance(targets, (Mapping, Tensor)):
             found = _tree.describe(targets)
             raise ArgumentError(f"accumulate() needs a list with the target of each micro-batch, not {found}.")
