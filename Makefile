@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SETUP := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-weightings clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m torch_pathloss $(DEMO)
@@ -24,6 +24,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m bench.memory
 	$(BIN)/python -m bench.launches
 	$(BIN)/python -m bench.plots
+
+bench-weightings: $(VENV)/.bench $(VENV)/.demo
+	$(BIN)/python -m bench.weightings
 
 clean:
 	rm -rf $(VENV) build *.egg-info

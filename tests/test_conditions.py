@@ -824,3 +824,66 @@ def test_any_mask_gives_the_criterion_on_the_selected_rows(flags, some, reductio
     by_hand = reduced(rows, reduction, weights[mask])
     torch.testing.assert_close(loss, by_hand)
     torch.testing.assert_close(found, gradients(by_hand, module, outputs))
+
+
+def softmax_then_mse(where: Any, *, shared: bool) -> PathLossModule:
+    mse = nn.MSELoss(reduction="none")
+    if shared:
+        probability = Shared(torch.softmax, Output("x"), 1)
+        return PathLossModule({"x": Term(mse, probability, Target("x"), where=where, reduction="mean")})
+    term = Term(lambda x, y: mse(x.softmax(1), y), where=where, reduction="mean")
+    return PathLossModule({"x": term})
+
+
+def infinite_where_unknown() -> Any:
+    x = torch.tensor([[1.0, 2.0], [torch.inf, 1.0]], requires_grad=True)
+    return {"x": x}, {"x": torch.zeros(2, 2), "known": torch.tensor([True, False])}
+
+
+def test_check_finds_the_shared_computation_that_makes_a_gradient_nan():
+    output, target = infinite_where_unknown()
+    module = softmax_then_mse(Target("known"), shared=True)
+    (gradient,) = torch.autograd.grad(module(output, target), output["x"])
+    assert gradient[1].isnan().all()  # by hand too: softmax(x)[known]
+    with pytest.raises(CheckError) as error:
+        module.check(output, target)
+    assert str(error.value) == (
+        "This output and target do not fit the criterion: Term 'x': its value is finite, but its gradient at the "
+        "output is not. What is Shared is computed from all samples, also those that where leaves out, and its "
+        "derivative has to be finite there. Do that computation in the criterion, which sees other values in their "
+        "place."
+    )
+
+
+def test_the_same_computation_in_the_criterion_is_safe():
+    output, target = infinite_where_unknown()
+    module = softmax_then_mse(Target("known"), shared=False)
+    module.check(output, target)
+    (gradient,) = torch.autograd.grad(module(output, target), output["x"])
+    assert gradient[1].tolist() == [0.0, 0.0]
+    probability = output["x"].softmax(1)[:1]
+    (expected,) = torch.autograd.grad(probability.square().mean(), output["x"])
+    torch.testing.assert_close(gradient[0], expected[0])
+
+
+def test_check_lets_shared_computations_with_finite_derivatives_pass():
+    output, target = infinite_where_unknown()
+    finite = {"x": output["x"].detach().clamp(max=3).requires_grad_()}
+    softmax_then_mse(Target("known"), shared=True).check(finite, target)
+
+
+def test_explain_shows_the_mask_and_whether_it_makes_the_term_absent():
+    module = PathLossModule({"x": unreduced_mse(where=Target("known")), "y": unreduced_mse(where=at_target)})
+    output = {"x": torch.zeros(3), "y": torch.zeros(2)}
+    target = {"x": torch.zeros(3), "y": torch.zeros(2), "known": torch.ones(3, dtype=torch.bool)}
+    lines = module.explain(output, target).splitlines()[-2:]
+    assert lines[0].endswith("Output('x'), Target('x'), where=Target('known')  (3,) and (3,) and (3,)")
+    assert lines[1].endswith("Output('y'), Target('y'), where=at_target        (2,) and (2,)")
+    line = module.explain(output, {**target, "known": None}).splitlines()[-2]
+    assert line.endswith("absent: the target has None at 'known'")
+
+
+def test_explain_does_not_call_a_term_absent_for_a_none_in_the_input():
+    module = PathLossModule({"x": Term(lambda x, y, z: (x - y).mean(), z=Input("z"))})
+    output, target = {"x": torch.zeros(3)}, {"x": torch.zeros(3)}
+    assert module.explain(output, target, input={"z": None}).endswith("(3,) and (3,) and NoneType")

@@ -193,6 +193,16 @@ def test_an_empty_selection_and_an_inactive_phase_are_absent():
     assert conflicts.norms == pytest.approx({"a": 2.0, "b": math.sqrt(2)})
 
 
+def test_where_every_term_is_absent_that_is_what_it_says():
+    model, (x, _) = Model(), data()
+    output, target = model(x), {"a": None, "b": None}
+    for wrt in (None, model.parameters()):
+        assert criterion().conflicts(output, target, wrt=wrt).absent == ("a", "b:l1", "b:mse")
+    none_at_all = criterion().conflicts({"a": None, "b": None}, target, wrt=model.parameters())
+    assert none_at_all.absent == ("a", "b:l1", "b:mse")
+    assert none_at_all.cosines.isnan().all()
+
+
 def test_one_process_of_several_may_look_by_itself(monkeypatch):
     def never(tensor):
         raise AssertionError("waits for the other processes")

@@ -67,3 +67,12 @@ def test_loss_and_gradients_of_ten_mixed_criteria_need_at_most_eight_launches(co
 def test_a_weight_changed_in_place_inside_the_graph_stays_in_it(counted):
     forward, _ = launches(counted, "changed weight")
     assert forward <= launches(counted, "call, same small, default")[0] + 1
+
+
+@pytest.mark.parametrize(("options", "forward", "backward"), [("default", 2, 1), ("own", 0.4, 0.1)])
+def test_a_term_with_a_mask_of_its_own_needs_few_launches(counted, options, forward, backward):
+    """The mask and its first sample are one, the loss is another; combined, those of several terms are one."""
+    found = launches(counted, f"call, ten conditions, {options}")
+    write = 2  # the total and `last`
+    assert found[0] <= 10 * forward + (write if options == "default" else 0)
+    assert found[1] <= 10 * backward

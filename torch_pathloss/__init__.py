@@ -11,6 +11,7 @@ Examples:
     2.6931
 """
 
+from torch_pathloss._conditions import filled, known
 from torch_pathloss._conflicts import Conflicts
 from torch_pathloss._errors import (
     ArgumentError,
@@ -58,5 +59,7 @@ __all__ = [
     "UncoveredWarning",
     "UnknownTermError",
     "Weights",
+    "filled",
+    "known",
     "plot_schedules",
 ]

@@ -44,9 +44,9 @@ def compare(evaluate: Evaluate, output: Any, wrt: Wrt, weights: Tensor, threshol
         found = _at_outputs(evaluate, output) if wrt is None else _through_the_model(evaluate, output, wrt)
     names = tuple(term.name for term in evaluation.plan.terms)
     present, scales, gram, factors = _read(found, weights)
-    norms = scales * gram.diagonal().sqrt()
-    signs = torch.where(factors < 0, -1.0, 1.0).to(gram)
     lengths = gram.diagonal().sqrt()
+    norms = (scales * lengths).tolist()
+    signs = torch.where(factors < 0, -1.0, 1.0).to(gram)
     cosines = (gram * signs.outer(signs) / lengths.outer(lengths)).clamp(-1, 1)
     absent = tuple(name for name, seen in zip(names, present, strict=True) if not seen)
     opposing = [
@@ -59,11 +59,11 @@ def compare(evaluate: Evaluate, output: Any, wrt: Wrt, weights: Tensor, threshol
         names,
         "the outputs" if wrt is None else _described(wrt, found.at),
         dict(zip(names, factors.tolist(), strict=True)),
-        {n: norm if seen else math.nan for n, norm, seen in zip(names, norms.tolist(), present, strict=True)},
+        {n: norm if seen else math.nan for n, norm, seen in zip(names, norms, present, strict=True)},
         cosines,
         threshold,
         tuple(sorted(opposing, key=lambda pair: pair[2])),
-        tuple(n for n, norm, seen in zip(names, norms.tolist(), present, strict=True) if seen and norm == 0),
+        tuple(n for n, norm, seen in zip(names, norms, present, strict=True) if seen and norm == 0),
         absent,
         _counted_twice(found, names, absent),
     )
@@ -100,7 +100,8 @@ def _through_the_model(evaluate: Evaluate, output: Any, wrt: Any) -> _Gradients:
             present.append(seen)
             at.append(list(found[: len(tensors)]))
             at_leaves.append(list(found[len(tensors) :]))
-    if all(gradient is None for gradients in at for gradient in gradients):
+    is_computed = any(seen is not False for seen in present)
+    if is_computed and all(gradient is None for gradients in at for gradient in gradients):
         raise ArgumentError(
             "No term depends on a tensor of wrt. Pass a tensor that the output was computed from, not a copy, with "
             "gradients enabled; of a model that is compiled as a whole, only parameters and inputs."

@@ -145,10 +145,19 @@ class Evaluation:
         counts = []
         for term in self.plan.terms:
             try:
-                counts.append(zero if term.normalizer is None else self.count(self.argument(term.normalizer, ())))
+                if term.normalizer is None:
+                    counts.append(zero)
+                    continue
+                count = self.count(self.argument(term.normalizer, ()))
+                counts.append(zero if self.has_no_target(term) else count)
             except PathLossError as error:
                 raise type(error)(f"Term {term.name!r}: {error}") from None
         return torch.stack(counts)
+
+    def has_no_target(self, term: TermPlan) -> bool:
+        """Whether a term will be absent for want of something in the target, as far as that is known without output."""
+        reads = [read for read in (*term.reads, *term.masking) if read.tree == TARGET and not read.is_pattern]
+        return any(self.argument(read, ()) is _ABSENT for read in reads)
 
     def count(self, normalizer: Any) -> Tensor:
         """Returns the sum of the elements of a normalizer as float32; 0 for an absent one."""

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from torch_pathloss import _paths, _tree
-from torch_pathloss._errors import CheckError, PathLossError, UncoveredError, UncoveredWarning, listed
+from torch_pathloss._errors import ArgumentError, CheckError, PathLossError, UncoveredError, UncoveredWarning, listed
 from torch_pathloss._evaluate import Evaluation
 from torch_pathloss._paths import Path
-from torch_pathloss._plan import OUTPUT, TREES, TermPlan
+from torch_pathloss._plan import INPUT, OUTPUT, TREES, Computed, Condition, TermPlan
 from torch_pathloss._term import Present, callable_name
 from torch_pathloss.weighting import Weighting
 
@@ -189,10 +189,11 @@ def _term_cells(evaluation: Evaluation, term: TermPlan, weight: str) -> list[str
 
 def _read(evaluation: Evaluation, term: TermPlan, captures: tuple[Path, ...]) -> str:
     shown = []
-    for read in term.reads:
+    masking = () if isinstance(term.where, Condition) else term.masking
+    for read in dict.fromkeys((*term.reads, *masking)):
         path = _paths.fill(read.path, captures)
         node = _tree.walk(evaluation.tree(read), path, TREES[read.tree])
-        if node is None:
+        if node is None and read.tree != INPUT:
             return f"absent: the {TREES[read.tree]} has None at {_paths.format(path)!r}"
         shown.append(_shape(node) if isinstance(node, Tensor) else type(node).__name__)
     return " and ".join(shown)
@@ -219,6 +220,8 @@ def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | N
                 if value is None:
                     evaluation.zero(term)
                 present.append(value is not None and evaluation.selected.get(term.name, True))
+                if value is not None and term.where is not None:
+                    _check_gradient(evaluation, term, value)
             except PathLossError as error:
                 problems.append(f"Term {term.name!r}: {error}")
             except Exception as error:
@@ -235,6 +238,30 @@ def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | N
             problems.append(str(error))
     if problems:
         raise CheckError(f"This output and target do not fit the criterion:{listed(problems)}")
+
+
+def _check_gradient(evaluation: Evaluation, term: TermPlan, value: Tensor) -> None:
+    """Raises if a shared computation makes the gradient of a conditional term NaN, of which a call would say nothing.
+
+    Raises:
+        ArgumentError: naming a source.
+    """
+    shared = [argument for argument in term.call.arguments if isinstance(argument, Computed)]
+    leaves = [
+        leaf
+        for captures in evaluation.captures(term)
+        for leaf in evaluation.output_leaves(term.reads, captures)
+        if leaf.requires_grad
+    ]
+    if not shared or not leaves or not value.requires_grad or not value.isfinite():
+        return
+    gradients = torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True)
+    if not all(gradient is None or gradient.isfinite().all() for gradient in gradients):
+        raise ArgumentError(
+            "its value is finite, but its gradient at the output is not. What is Shared is computed from all samples, "
+            "also those that where leaves out, and its derivative has to be finite there. "
+            "Do that computation in the criterion, which sees other values in their place."
+        )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -252,6 +252,9 @@ class PathLossModule(nn.Module):
             >>> total  # 4 ones over 4 boxes
             tensor(1.)
         """
+        if isinstance(targets, (Mapping, Tensor)):
+            found = _tree.describe(targets)
+            raise ArgumentError(f"accumulate() needs a list with the target of each micro-batch, not {found}.")
         evaluations = self._evaluations_of(list(targets), None if inputs is None else list(inputs))
         divisors: Tensor = self._divisors  # type: ignore[assignment]
         with torch.no_grad():

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_pathloss import Output, PathLossModule, Shared, Target, Term, _compile
+from torch_pathloss import Input, Output, PathLossModule, Shared, Target, Term, _compile, known
 
 OWN = _compile.arguments({})["options"]
 TEN_MSE = {
@@ -132,6 +132,68 @@ def every_kind(device: str) -> Any:
     return criterion.to(device), output, target, torch.rand(64, device=device)
 
 
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return ((output - target) * self.scale).square().mean(1)
+
+
+def conditions(device: str) -> Any:
+    """Masks of samples, of pixels, of elements, of the whole term; a criterion with parameters; normalizers."""
+    unreduced, classes = nn.SmoothL1Loss(reduction="none"), nn.CrossEntropyLoss(reduction="none")
+    pixels = known(Target("pixels"), missing=-100, per="element")
+    with torch.device(device):  # a fake parameter cannot be moved
+        criterion = PathLossModule(
+            {
+                "box": Term(unreduced, where=known(Target("box")), reduction="mean"),
+                "box:scaled": Term(Scaled(), where=known(Target("box")), reduction="mean"),
+                "box:sum": Term(unreduced, where=Input("has_box"), reduction="sum", normalizer=Input("has_box")),
+                "label": Term(classes, where=known(Target("label"), missing=-1), reduction="weighted_mean"),
+                "pixels": Term(classes, where=pixels, reduction="sum", normalizer=pixels),
+                "tags": Term(
+                    nn.BCEWithLogitsLoss(reduction="none"), where=known(Target("tags"), per="element"), reduction="mean"
+                ),
+                "whole": Term(nn.MSELoss(), where=lambda output, target: target["whole"].isfinite().all()),
+            }
+        )
+    output = {
+        "box": randn(device, 64, 4),
+        "label": randn(device, 64, 10),
+        "pixels": randn(device, 8, 4, 16, 16),
+        "tags": randn(device, 64, 12),
+        "whole": randn(device, 64, 4),
+    }
+    target = {
+        "box": torch.randn(64, 4, device=device),
+        "label": torch.randint(10, (64,), device=device),
+        "pixels": torch.randint(4, (8, 16, 16), device=device),
+        "tags": torch.rand(64, 12, device=device),
+        "whole": torch.randn(64, 4, device=device),
+    }
+    has_box, weight = torch.rand(64, device=device) < 0.5, torch.rand(64, device=device)
+    return criterion, output, target, has_box, weight
+
+
+def call_conditions(criterion: Any, output: Any, target: Any, has_box: Tensor, weight: Tensor) -> Tensor:
+    return criterion(output, target, input={"has_box": has_box}, sample_weight={"label": weight})
+
+
+def grad_conditions(criterion: Any, output: Any, target: Any, has_box: Tensor, weight: Tensor) -> Any:
+    return criterion.value_and_grad(output, target, input={"has_box": has_box}, sample_weight={"label": weight})
+
+
+def ten_conditions(device: str) -> Any:
+    """Ten terms, each with a mask of its own."""
+    criterion = PathLossModule(
+        {str(i): Term(nn.MSELoss(reduction="none"), where=known(Target(str(i))), reduction="mean") for i in range(10)}
+    )
+    output = {str(i): randn(device, 64, 32) for i in range(10)}
+    return criterion.to(device), output, {str(i): torch.randn(64, 32, device=device) for i in range(10)}
+
+
 def call(criterion: Any, output: Any, target: Any) -> Tensor:
     return criterion(output, target)
 
@@ -169,6 +231,12 @@ def main() -> None:
         found[f"call, mixed, {options}"] = count(call, ten_mixed, backward=True, own=own)
     found["call, every kind"] = count(call_every_kind, every_kind, backward=True)
     found["value_and_grad, every kind"] = count(grad_every_kind, every_kind, backward=False)
+    found["call, conditions"] = count(call_conditions, conditions, backward=True)
+    found["value_and_grad, conditions"] = count(grad_conditions, conditions, backward=False)
+    for own in (False, True):
+        found[f"call, ten conditions, {'own' if own else 'default'}"] = count(
+            call, ten_conditions, backward=True, own=own
+        )
     print(json.dumps(found, indent=1))
 
 

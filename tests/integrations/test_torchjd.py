@@ -3,11 +3,14 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _laws import CASES
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 from torchjd.aggregation import (
     IMTLG,
     MGDA,
@@ -178,6 +181,51 @@ def test_gradients_accumulate_and_the_sum_is_the_usual_gradient(setup):
     for _ in range(2):
         torchjd.backward(module, model(x), target, aggregator=Sum())
     assert_same(gradients(model, module), {name: None if g is None else 2 * g for name, g in expected.items()})
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_sum_is_the_usual_gradient_for_every_criterion(case):
+    def gradients_of(step):
+        torch.manual_seed(0)
+        module, output, target, keywords = case.make(torch.float64)
+        leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+        for leaf in leaves:
+            leaf.retain_grad()  # some are views
+        done = {}
+
+        def behind(leaf):
+            known = isinstance(leaf, torch.Tensor) and leaf.requires_grad
+            return done.setdefault(id(leaf), leaf * 1) if known else leaf  # one tensor at two places stays one
+
+        total = step(module, tree_map(behind, output), target, **keywords)
+        return total.detach(), [tensor.grad for tensor in (*leaves, *module.parameters())]
+
+    def usual(module, output, target, **keywords):
+        total = module(output, target, **keywords)
+        total.backward()
+        return total
+
+    ours = gradients_of(partial(torchjd.backward, aggregator=Sum()))
+    torch.testing.assert_close(ours, gradients_of(usual))
+
+
+def test_outputs_of_low_precision_under_autocast(setup):
+    model, module, x, target = setup
+    model.float()
+    module.float()
+    x, target = x.float(), {"a": target["a"].float(), "b": {"x": target["b"]["x"].float()}}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x)
+        module(output, target).backward()
+    expected = gradients(model, module)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(x)
+    assert output["a"].dtype == torch.bfloat16
+    total = torchjd.backward(module, output, target, aggregator=Sum())
+    assert total.dtype == torch.float32
+    for name, gradient in gradients(model, module).items():
+        if gradient is not None:
+            torch.testing.assert_close(gradient, expected[name], atol=0.02, rtol=0.02)
 
 
 def test_terms_on_one_leaf_and_one_tensor_at_two_places(setup):

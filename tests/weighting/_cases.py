@@ -35,12 +35,14 @@ class Case:
 
     `records` names the buffers that hold something of the latest call, which an absent term changes too.
     `after` is what a training loop does with the weighting after the optimizer's step.
+    `normalizes` says whether the effective weights are divided by a sum over the terms that the process sees.
     """
 
     name: str
     make: Callable[[], Weighting]
     records: Sequence[str] = ()
     after: Callable[[Weighting, int, Tensor, Tensor], None] = lambda *_: None
+    normalizes: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -51,7 +53,7 @@ class Case:
 
 CASES = [
     Case("WeightedSum", WeightedSum),
-    Case("WeightedSum, mean", lambda: WeightedSum(weighted_mean=True)),
+    Case("WeightedSum, mean", lambda: WeightedSum(weighted_mean=True), normalizes=True),
     Case("Uncertainty", Uncertainty),
     Case(
         "Uncertainty, classification, log1p",
@@ -59,7 +61,7 @@ CASES = [
     ),
     Case("IMTLL", IMTLL),
     Case("GradNorm", GradNorm),
-    Case("OutputBalancer", lambda: OutputBalancer(decay=0.9)),
+    Case("OutputBalancer", lambda: OutputBalancer(decay=0.9), normalizes=True),
     Case("EMANormalized", EMANormalized),
     Case("EMANormalized, initial", lambda: EMANormalized(scale="initial", initial_updates=4)),
     Case("EMANormalized, scale mean", lambda: EMANormalized(scale="mean")),
@@ -74,7 +76,11 @@ CASES = [
         DynamicWeightAverage,
         after=lambda weighting, step, *_: weighting.end_epoch() if step % 3 == 2 else None,
     ),
-    Case("DynamicWeightAverage, window", lambda: DynamicWeightAverage(2, temperature=0.5, weighted_mean=True)),
+    Case(
+        "DynamicWeightAverage, window",
+        lambda: DynamicWeightAverage(2, temperature=0.5, weighted_mean=True),
+        normalizes=True,
+    ),
     Case("FAMO", FAMO, ["before", "shares"], lambda weighting, step, *after: weighting.update(*after)),
     Case(
         "FAMO, SGD",

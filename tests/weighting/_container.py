@@ -47,7 +47,7 @@ def train(
     """Trains for some steps and returns the model, the criterion, and what each step logged."""
     torch.manual_seed(0)
     heads, criterion = Heads(), criterion_of(case, schedules=True, grad_in_forward=how == "grad_in_forward")
-    optimizer = torch.optim.Adam([*heads.parameters(), *criterion.parameters()], lr=0.01)
+    optimizer = torch.optim.SGD([*heads.parameters(), *criterion.parameters()], lr=0.01, momentum=0.9)
     if load is not None:
         state = torch.load(load, weights_only=True)
         for part, name in ((heads, "model"), (criterion, "criterion"), (optimizer, "optimizer")):

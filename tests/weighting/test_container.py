@@ -97,6 +97,35 @@ def test_forty_steps_are_one_graph_and_the_same_training(case, how):
     torch.testing.assert_close(found, trained(case, 40), equal_nan=True, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ONE_OF_EACH, ids=str)
+@pytest.mark.parametrize("grad_in_forward", [False, True])
+def test_compiled_gradients_are_those_of_the_weights_of_the_same_step(case, grad_in_forward):
+    """Torch's partitioner computes again in backward what is cheap, from state that forward has changed since."""
+    criterion = criterion_of(case, grad_in_forward=grad_in_forward)
+    criterion.compile(backend="aot_eager")
+    for step in range(4):
+        x = (torch.tensor([1.0, 2.0, 3.0]) * 3.0 ** ((step * torch.arange(3)) % 4)).requires_grad_()
+        output = {"a": x[:1], "b": {"c": x[1:2]}, "d": [x[2:]]}
+        with torch._dynamo.config.patch(trace_autograd_ops=True):
+            criterion(output, {"a": torch.zeros(1), "b": {"c": torch.zeros(1)}, "d": [torch.zeros(1)]}).backward()
+        derivative = torch.stack([2 * x[0], torch.ones(()), 2 * x[2]]).detach()
+        torch.testing.assert_close(x.grad, torch.stack(list(criterion.last.weights.values())) * derivative)
+
+
+def test_a_memory_budget_by_which_backward_computes_the_weights_again_is_refused():
+    case = next(case for case in CASES if str(case) == "EMANormalized")
+    criterion = criterion_of(case)
+    criterion.compile(backend="aot_eager")
+    x = torch.ones(3, requires_grad=True)
+    output = {"a": x[:1], "b": {"c": x[1:2]}, "d": [x[2:]]}
+    target = {"a": torch.zeros(1), "b": {"c": torch.zeros(1)}, "d": [torch.zeros(1)]}
+    with (
+        torch._functorch.config.patch(activation_memory_budget=0.0),
+        pytest.raises(Exception, match="activation_memory_budget below 1"),
+    ):
+        criterion(output, target)
+
+
 @pytest.mark.parametrize("case", [case for case in ONE_OF_EACH if case.make().uses_gradients], ids=str)
 def test_gradients_of_terms_are_traced_without_the_flag_of_dynamo(case):
     found = trained(case, how="compiled by torch", backend="aot_eager")

@@ -92,7 +92,7 @@ def test_all_problems_are_in_one_message():
         "EMANormalized cannot be built:\n"
         "  1. scale must be one of 'one', 'initial', 'mean', not 'two'.\n"
         "  2. decay must be at least 0 and below 1, not 1.0.\n"
-        "  3. initial_updates must be at least 1, not 0."
+        "  3. initial_updates must be an integer of at least 1, not 0."
     )
 
 

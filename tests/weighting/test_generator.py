@@ -18,7 +18,7 @@ def mix(word: int) -> int:
 
 
 def by_hand(seed: int, counter: int, index: int) -> float:
-    start = mix((mix(seed % 2**32) + counter) % 2**32)
+    start = mix((mix((seed + 0x9E3779B9) % 2**32) + counter) % 2**32)
     return (mix((start + index * 0x9E3779B9) % 2**32) // 256) / 2**24
 
 

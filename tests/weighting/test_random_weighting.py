@@ -1,10 +1,11 @@
-"""RandomWeighting: the hash by the paper's 32-bit formula in numpy, and the distributions by their moments."""
+"""RandomWeighting: the formulas in numpy, and the distributions by their moments."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
+from test_generator import by_hand
 
 from torch_pathloss import ConstructionError
 from torch_pathloss.weighting import RandomWeighting
@@ -21,27 +22,14 @@ def draws(weighting, count):
     return np.array([weighting(values, ALL).weights.numpy() for _ in range(count)], dtype=np.float64)
 
 
-def pcg(number):
-    """The hash of Jarzynski and Olano, in unsigned 32-bit arithmetic that wraps."""
-    with np.errstate(over="ignore"):
-        state = np.uint32(number) * np.uint32(747796405) + np.uint32(2891336453)
-        word = ((state >> ((state >> np.uint32(28)) + np.uint32(4))) ^ state) * np.uint32(277803737)
-    return int((word >> np.uint32(22)) ^ word)
-
-
-def uniform(seed, counter, count):
-    key = pcg((counter + pcg(seed)) % 2**32)
-    return (np.array([pcg((key + i) % 2**32) for i in range(count)]) // 2**9 + 0.5) / 2**23
-
-
 @pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
-def test_the_draws_are_the_formulas_of_the_papers(seed):
+def test_the_draws_are_the_formulas_of_the_distributions(seed):
     normal, dirichlet = draws(bound(seed=seed), 50), draws(bound("dirichlet", seed=seed), 50)
     for counter in range(50):
-        u = uniform(seed, counter, 6)
-        gauss = np.exp(np.sqrt(-2 * np.log(u[:3])) * np.cos(2 * np.pi * u[3:]))
+        u = np.array([by_hand(seed, counter, index) for index in range(6)])
+        gauss = np.exp(np.sqrt(-2 * np.log(1 - u[:3])) * np.cos(2 * np.pi * u[3:]))
         np.testing.assert_allclose(normal[counter], gauss / gauss.sum(), rtol=1e-4)
-        exponential = -np.log(uniform(seed, counter, 3))
+        exponential = -np.log(1 - u[:3])
         np.testing.assert_allclose(dirichlet[counter], exponential / exponential.sum(), rtol=1e-4)
 
 

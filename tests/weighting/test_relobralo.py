@@ -110,9 +110,15 @@ def test_all_problems_are_in_one_message():
         "  1. alpha must be from 0 to 1, not 1.5.\n"
         "  2. rho must be from 0 to 1, not -0.1.\n"
         "  3. temperature must be positive, not 0.0.\n"
-        "  4. seed must be at least 0 and below 2**32, not -1."
+        "  4. seed must be an integer from 0 to 2**32 - 1, not -1."
     )
 
 
 def test_repr_shows_every_option():
     assert repr(ReLoBRaLo(seed=3)) == "ReLoBRaLo(alpha=0.999, temperature=0.1, rho=0.99, seed=3)"
+
+
+def test_a_seed_that_is_no_integer_raises():
+    with pytest.raises(ConstructionError) as error:
+        ReLoBRaLo(seed=0.5)
+    assert str(error.value) == "ReLoBRaLo cannot be built: seed must be an integer from 0 to 2**32 - 1, not 0.5."

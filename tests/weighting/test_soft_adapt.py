@@ -105,13 +105,18 @@ def test_all_problems_are_in_one_message():
         "SoftAdapt cannot be built:\n"
         "  1. variant must be one of 'original', 'normalized', 'loss_weighted', not 'soft'.\n"
         "  2. beta must be finite, not nan.\n"
-        "  3. accuracy_order must be from 1 to window - 1 = 2, not 3.\n"
-        "  4. every must be at least 1, not 0."
+        "  3. accuracy_order must be an integer from 1 to window - 1 = 2, not 3.\n"
+        "  4. every must be an integer of at least 1, not 0."
     )
+
+
+@pytest.mark.parametrize("window", [1, 2.5])
+def test_a_window_too_short_for_a_slope_raises(window):
     with pytest.raises(ConstructionError) as error:
-        SoftAdapt(window=1)
+        SoftAdapt(window=window)
     assert str(error.value) == (
-        "SoftAdapt cannot be built: window must be at least 2, since a slope needs two values, not 1."
+        "SoftAdapt cannot be built: "
+        f"window must be an integer of at least 2, since a slope needs two values, not {window}."
     )
 
 

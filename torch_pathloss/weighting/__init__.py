@@ -13,7 +13,7 @@ Examples:
     tensor(1.)
 """
 
-from torch_pathloss.weighting._base import Factors, Weighted, Weighting
+from torch_pathloss.weighting._base import Factors, Weighted, Weighting, pinned
 from torch_pathloss.weighting._coefficient_of_variation import CoefficientOfVariation
 from torch_pathloss.weighting._dynamic_weight_average import DynamicWeightAverage
 from torch_pathloss.weighting._ema_normalized import EMANormalized
@@ -49,4 +49,5 @@ __all__ = [
     "Weighted",
     "WeightedSum",
     "Weighting",
+    "pinned",
 ]

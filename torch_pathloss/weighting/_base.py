@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_pathloss import _paths
-from torch_pathloss._errors import ConstructionError, PathLossError, listed
+from torch_pathloss._errors import ArgumentError, ConstructionError, PathLossError, listed
 from torch_pathloss._names import Names, names_from_tensor, names_to_tensor
 from torch_pathloss._paths import Path
 from torch_pathloss._ranks import sum_over_ranks, world_size
@@ -33,7 +33,8 @@ class Weighting(nn.Module, ABC):
     """A rule from the values of the terms to a total. Its state is in buffers and parameters.
 
     A subclass makes its state in `setup` and combines values in `forward`. State changes only where `updates()` says
-    so, in place, without a read from the device and without a branch on data.
+    so, in place, without a read from the device and without a branch on data. What is made of state that the same call
+    changes goes through `pinned` before it meets the values.
     """
 
     uses_gradients: ClassVar[bool] = False
@@ -167,6 +168,7 @@ class Factors(Weighting):
             if self.weighted_mean:
                 share = effective.sum()
                 effective = effective / torch.where(share == 0, 1, share)
+            effective = pinned(effective)
         return Weighted((values * effective).sum(), effective)  # torch.dot would not promote float32 factors to float64
 
     def extra_repr(self) -> str:
@@ -189,6 +191,28 @@ def over_ranks(values: Tensor, seen: Tensor, together: bool = True) -> tuple[Ten
         return torch.where(seen, values, 0), seen
     summed = sum_over_ranks(torch.stack([torch.where(seen, values, 0), seen.to(values.dtype)]))
     return summed[0] / summed[1].clamp(min=1), summed[1] > 0
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """Returns a tensor of at least one dimension that compiled code keeps for backward instead of computing it again.
+
+    What is made of state that the same call changes must go through this before it meets the values. Else Inductor's
+    partitioner may compute it again in backward, from the state of the next step, and the gradients are silently wrong
+    (https://github.com/pytorch/pytorch/pull/197039, torch 2.11 to 2.13). It computes again only what is on its list of
+    cheap operations, where flip is not; a flip costs no kernel of its own.
+
+    Raises:
+        ArgumentError: under ``activation_memory_budget`` below 1, by which everything is computed again.
+    """
+    if not torch.compiler.is_compiling():
+        return tensor
+    if torch._functorch.config.activation_memory_budget < 1:
+        raise ArgumentError(
+            "A weighting cannot be compiled with torch._functorch.config.activation_memory_budget below 1, by which "
+            "backward would compute its weights again from the state of the next step. Set it to 1, or do not compile "
+            "the criterion."
+        )
+    return tensor.flip(0).flip(0)
 
 
 def equal_to(mean: Tensor, values: Tensor, seen: Tensor) -> Tensor:

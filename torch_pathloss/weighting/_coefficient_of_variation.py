@@ -21,13 +21,14 @@ class CoefficientOfVariation(Factors):
         c_k = \frac{\sigma_k}{\mu_k}, \qquad
         \ell_k = \frac{v_k}{\bar v_k}
 
-    where:
-        - :math:`v_k` is the value of a term and :math:`\bar v_k` the mean of its values *before* this update;
-        - :math:`\ell_k` is the ratio of the two, 1 at a term's first update;
-        - :math:`\mu_k` and :math:`\sigma_k` are mean and standard deviation of the ratios before this update, by
-          Welford's method: with :math:`n` updates before, :math:`p = n / (n + 1)`, or `decay` where it is given, and
-          :math:`\mu' = p \mu + (1 - p) \ell`, the sum :math:`S` grows by :math:`(\ell - \mu) (\ell - \mu')`, and
-          :math:`\sigma = \sqrt{S / (n + 1) + 10^{-8}}`.
+    where
+
+    - :math:`v_k` is the value of a term and :math:`\bar v_k` the mean of its values *before* this update;
+    - :math:`\ell_k` is the ratio of the two, 1 at a term's first update;
+    - :math:`\mu_k` and :math:`\sigma_k` are mean and standard deviation of the ratios before this update, by
+      Welford's method: with :math:`n` updates before, :math:`p = n / (n + 1)`, or `decay` where it is given, and
+      :math:`\mu' = p \mu + (1 - p) \ell`, the sum :math:`S` grows by :math:`(\ell - \mu) (\ell - \mu')`, and
+      :math:`\sigma = \sqrt{S / (n + 1) + 10^{-8}}`.
 
     The factors sum to 1 over the terms that are seen. A term has its coefficient after two updates in which it was
     seen, and an equal share before. Values are thought positive: :math:`\bar v_k` and :math:`\mu_k` are taken as
@@ -37,6 +38,9 @@ class CoefficientOfVariation(Factors):
         decay: the decay :math:`p` of the means, in :math:`[0, 1)`. Default: ``None``, the mean of all values, which is
             the authors' default (option ``mean_sort``). As in their code, :math:`S / (n + 1)` has no decay.
         weighted_mean: whether the effective weights are divided by their sum. Default: ``False``.
+
+    Shape:
+        ``[K]`` values; a 0-dim total.
 
     Raises:
         ConstructionError: if ``decay`` is not in its range.

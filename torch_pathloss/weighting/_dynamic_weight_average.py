@@ -95,8 +95,8 @@ class DynamicWeightAverage(Factors):
         rates = torch.where(rates.isfinite(), rates, 1)
         factors = len(rates) * torch.softmax(rates / self.temperature, 0)
         if update:
-            self.sums += values
-            self.counts += seen
+            self.sums.add_(values)
+            self.counts.add_(seen)
             if self.window is not None:
                 self._roll(self.counts >= self.window)
         return factors

@@ -23,13 +23,14 @@ class EMANormalized(Factors):
         f_k = \frac{s_k}{\max(m_k, 10^{-8})}, \qquad
         m_k \leftarrow m_k + \frac{1 - d}{1 - d^{n_k}} \left(|v_k| - m_k\right)
 
-    where:
-        - :math:`v_k` is the value of a term and :math:`n_k` the number of updates in which it was seen;
-        - :math:`m_k` is the moving average of :math:`|v_k|` with decay :math:`d`, bias corrected: after the first
-          update it is the first value itself;
-        - :math:`s_k` is the size that a value is brought to: 1, or the term's own size at the start
-          (the mean of its first `initial_updates` values, or as many as there are), or the mean of the moving averages
-          of the terms that are seen.
+    where
+
+    - :math:`v_k` is the value of a term and :math:`n_k` the number of updates in which it was seen;
+    - :math:`m_k` is the moving average of :math:`|v_k|` with decay :math:`d`, bias corrected: after the first
+      update it is the first value itself;
+    - :math:`s_k` is the size that a value is brought to: 1, or the term's own size at the start
+      (the mean of its first `initial_updates` values, or as many as there are), or the mean of the moving averages
+      of the terms that are seen.
 
     An average goes on only with the updates in which its term is seen. A term that was never seen in an update has the
     factor 1. The gradient is that of :math:`v_k / m_k` with :math:`m_k` constant, so it is the gradient of
@@ -41,6 +42,9 @@ class EMANormalized(Factors):
         decay: :math:`d`, in :math:`[0, 1)`. Default: 0.9, as in OpenVINO.
         initial_updates: see above; for ``scale="initial"`` only. Default: 10.
         weighted_mean: whether the effective weights are divided by their sum. Default: ``False``.
+
+    Shape:
+        ``[K]`` values; a 0-dim total.
 
     Raises:
         ConstructionError: if an argument is not one of the above.
@@ -75,8 +79,8 @@ class EMANormalized(Factors):
             problems.append(f"scale must be one of {', '.join(map(repr, get_args(Scale)))}, not {scale!r}.")
         if not 0 <= decay < 1:
             problems.append(f"decay must be at least 0 and below 1, not {decay!r}.")
-        if initial_updates < 1:
-            problems.append(f"initial_updates must be at least 1, not {initial_updates!r}.")
+        if not (isinstance(initial_updates, int) and initial_updates >= 1):
+            problems.append(f"initial_updates must be an integer of at least 1, not {initial_updates!r}.")
         if problems:
             raise ConstructionError(f"EMANormalized cannot be built:{listed(problems)}")
         self.scale = scale

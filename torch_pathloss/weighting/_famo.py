@@ -165,7 +165,7 @@ class FAMO(Weighting):
         fall = torch.where(usable, fall, 0).to(shares.dtype)
         gradient = shares * (fall - (shares * fall).sum()) + self.weight_decay * self.logits
         direction = self._adam(gradient, usable) if self.optimizer == "adam" else gradient
-        self.logits -= torch.where(usable, self.lr * direction, 0)
+        self.logits.sub_(torch.where(usable, self.lr * direction, 0))
         self.shares.zero_()
 
     def _distance(self, values: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ class FAMO(Weighting):
         """Returns the direction of `torch.optim.Adam`, for each term after the number of its own steps."""
         for moment, power, beta in zip((self.first_moment, self.second_moment), (1, 2), BETAS, strict=True):
             moment.copy_(torch.where(usable, moment.lerp(gradient**power, 1 - beta), moment))
-        self.steps += usable
+        self.steps.add_(usable)
         # 1 - beta^steps, which float32 would round
         first, second = (-torch.expm1(self.steps.clamp(min=1) * math.log(beta)) for beta in BETAS)
         return self.first_moment / first / ((self.second_moment / second).sqrt() + EPSILON)

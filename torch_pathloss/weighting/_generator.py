@@ -21,10 +21,11 @@ def uniform(seed: Tensor, counter: Tensor, count: int) -> Tensor:
     :math:`i` is the upper 24 bits of
 
     .. math::
-        m(m(m(s) + c) + i g)
+        m(m(m(s + g) + c) + i g)
 
     with :math:`s` the seed, :math:`c` the counter, :math:`g` an odd constant, sums and products modulo :math:`2^{32}`,
-    and :math:`m` a mixing function of 32-bit words, after which each bit depends on every bit.
+    and :math:`m` a mixing function of 32-bit words, after which each bit depends on every bit. It maps 0 to 0, hence
+    the first :math:`g`: a seed of 0 would start with a number of 0.
 
     Args:
         seed: 0-dim, int64, in :math:`[0, 2^{32})`. Not checked: the lower 32 bits count.
@@ -48,7 +49,7 @@ def uniform(seed: Tensor, counter: Tensor, count: int) -> Tensor:
         <https://nullprogram.com/blog/2018/07/31/>`_, found for two multiplications.
     """
     index = torch.arange(count, device=seed.device) * _STRIDE
-    words = _mix(_mix(_mix(seed & _WORD) + counter & _WORD) + index & _WORD)
+    words = _mix(_mix(_mix(seed + _STRIDE & _WORD) + counter & _WORD) + index & _WORD)
     return (words >> 8).to(torch.float32) * 2.0**-24  # exact
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_pathloss import _paths
 from torch_pathloss._errors import ConstructionError, listed
 from torch_pathloss._paths import Path
-from torch_pathloss.weighting._base import Weighted, Weighting, over_ranks
+from torch_pathloss.weighting._base import Weighted, Weighting, over_ranks, pinned
 
 
 @final
@@ -103,7 +103,7 @@ class GradNorm(Weighting):
     ) -> Weighted:
         update = self.updates()
         with torch.no_grad():
-            effective = torch.where(seen, self.factor if weights is None else self.factor * weights, 0)
+            effective = pinned(torch.where(seen, self.factor if weights is None else self.factor * weights, 0))
             if update and norms is not None:
                 self._move(values.detach(), seen, norms)
         return Weighted((values * effective).sum(), effective)

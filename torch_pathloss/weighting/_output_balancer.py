@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_pathloss import _paths
 from torch_pathloss._errors import ConstructionError, listed
 from torch_pathloss._paths import Path
-from torch_pathloss.weighting._base import Weighted, Weighting, over_ranks
+from torch_pathloss.weighting._base import Weighted, Weighting, over_ranks, pinned
 
 
 @final
@@ -100,7 +100,7 @@ class OutputBalancer(Weighting):
             scale = torch.where(self.mass == 0, 1, torch.where(mean > 0, 1 / mean, 0))
             share = torch.where(seen, torch.ones_like(scale) if weights is None else weights, 0)
             whole = share.sum()
-            effective = self.norm * share / torch.where(whole == 0, 1, whole) * scale
+            effective = pinned(self.norm * share / torch.where(whole == 0, 1, whole) * scale)
         return Weighted((values * effective).sum(), effective)
 
     def _record(self, norms: Tensor, seen: Tensor) -> None:

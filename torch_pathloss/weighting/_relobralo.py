@@ -22,14 +22,15 @@ class ReLoBRaLo(Factors):
             + (1 - \alpha) \hat f_k(v^{(t-1)}), \qquad
         \hat f_k(u) = m \frac{\exp(v_k / (T u_k))}{\sum_j \exp(v_j / (T u_j))}
 
-    where:
-        - :math:`v_k` is the value of a term, :math:`v_k^{(t-1)}` at the update before in which it was seen and
-          :math:`v_k^{(1)}` at the first;
-        - :math:`m` is the number of terms in the sum: those that are seen now and were seen before;
-        - :math:`\alpha` is how much of the past is kept, and :math:`T` the temperature: infinite gives equal factors, 0
-          gives all to the term of least progress;
-        - :math:`\rho` is 1 with probability ``rho``, else 0, which looks back to the first update. One draw for all
-          terms.
+    where
+
+    - :math:`v_k` is the value of a term, :math:`v_k^{(t-1)}` at the update before in which it was seen and
+      :math:`v_k^{(1)}` at the first;
+    - :math:`m` is the number of terms in the sum: those that are seen now and were seen before;
+    - :math:`\alpha` is how much of the past is kept, and :math:`T` the temperature: infinite gives equal factors, 0
+      gives all to the term of least progress;
+    - :math:`\rho` is 1 with probability ``rho``, else 0, which looks back to the first update. One draw for all
+      terms.
 
     At the first update in which a term is seen its factor stays 1, and at the second :math:`\alpha` is 0, so that the
     1 is forgotten. Later a term that is not seen keeps its factor. Values are thought positive: a denominator
@@ -45,6 +46,9 @@ class ReLoBRaLo(Factors):
             the Keras code in the first author's article (2022); NVIDIA's PhysicsNeMo has 0.95, 1 and 0.99.
         seed: an integer in :math:`[0, 2^{32})`. Default: 0.
         weighted_mean: whether the effective weights are divided by their sum. Default: ``False``.
+
+    Shape:
+        ``[K]`` values; a 0-dim total.
 
     Raises:
         ConstructionError: if an argument is not in its range.
@@ -88,8 +92,8 @@ class ReLoBRaLo(Factors):
         ]
         if not temperature > 0:
             problems.append(f"temperature must be positive, not {temperature!r}.")
-        if not 0 <= seed < 2**32:
-            problems.append(f"seed must be at least 0 and below 2**32, not {seed!r}.")
+        if not (isinstance(seed, int) and 0 <= seed < 2**32):
+            problems.append(f"seed must be an integer from 0 to 2**32 - 1, not {seed!r}.")
         if problems:
             raise ConstructionError(f"ReLoBRaLo cannot be built:{listed(problems)}")
         self.alpha = alpha

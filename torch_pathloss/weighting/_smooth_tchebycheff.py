@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torch_pathloss._errors import ConstructionError, listed
 from torch_pathloss._paths import Path
-from torch_pathloss.weighting._base import Weighted, Weighting, equal_to, over_ranks
+from torch_pathloss.weighting._base import Weighted, Weighting, equal_to, over_ranks, pinned
 
 
 @final
@@ -110,7 +110,7 @@ class SmoothTchebycheff(Weighting):
         ideal = torch.where(seen, torch.minimum(self.ideal, values), self.ideal)
         if update:
             self.ideal.copy_(ideal)
-        return ideal
+        return pinned(ideal)
 
     def extra_repr(self) -> str:
         return f"mu={self.mu:g}, ideal={self.wished!r}"

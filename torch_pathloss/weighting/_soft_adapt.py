@@ -22,15 +22,16 @@ class SoftAdapt(Factors):
     .. math::
         f_k = \frac{g_k \exp(\beta r_k)}{\sum_j g_j \exp(\beta r_j)}
 
-    where:
-        - :math:`s_k` is the slope of a term's last `window` values by finite differences: the forward difference
-          :math:`\sum_{j=0}^{p} c_j v_{k,j}` of accuracy order :math:`p` over the last :math:`p + 1` values
-          :math:`v_{k,0}, \dots, v_{k,p}`, oldest first, with :math:`c_0 = -\sum_{j=1}^{p} 1/j` and
-          :math:`c_j = (-1)^{j+1} \binom{p}{j} / j`;
-        - ``"original"``: :math:`r_k = s_k` and :math:`g_k = 1`;
-        - ``"normalized"``: :math:`r_k = s_k / \sum_j s_j` and :math:`g_k = 1`;
-        - ``"loss_weighted"``: :math:`r_k = s_k`, and :math:`g_k` is the magnitude of the mean of the last
-          `window` values, thought positive.
+    where
+
+    - :math:`s_k` is the slope of a term's last `window` values by finite differences: the forward difference
+      :math:`\sum_{j=0}^{p} c_j v_{k,j}` of accuracy order :math:`p` over the last :math:`p + 1` values
+      :math:`v_{k,0}, \dots, v_{k,p}`, oldest first, with :math:`c_0 = -\sum_{j=1}^{p} 1/j` and
+      :math:`c_j = (-1)^{j+1} \binom{p}{j} / j`;
+    - ``"original"``: :math:`r_k = s_k` and :math:`g_k = 1`;
+    - ``"normalized"``: :math:`r_k = s_k / \sum_j s_j` and :math:`g_k = 1`;
+    - ``"loss_weighted"``: :math:`r_k = s_k`, and :math:`g_k` is the magnitude of the mean of the last
+      `window` values, thought positive.
 
     Slope and mean of a term are computed anew after each `every` updates in which it was seen, and are constant in
     between. The factors sum to 1 over the terms that are seen; a term has an equal share until its window is full.
@@ -51,6 +52,9 @@ class SoftAdapt(Factors):
             coefficients grow with it, and with them the noise of the batches: 1 is the difference of two values.
         every: after how many updates a slope is computed anew. Default: ``window``, as in the authors' example.
         weighted_mean: whether the effective weights are divided by their sum. Default: ``False``.
+
+    Shape:
+        ``[K]`` values; a 0-dim total.
 
     Raises:
         ConstructionError: if an argument is not one of the above.
@@ -95,12 +99,12 @@ class SoftAdapt(Factors):
             problems.append(f"variant must be one of {', '.join(map(repr, get_args(Variant)))}, not {variant!r}.")
         if not math.isfinite(beta):
             problems.append(f"beta must be finite, not {beta!r}.")
-        if window < 2:
-            problems.append(f"window must be at least 2, since a slope needs two values, not {window!r}.")
-        elif not 1 <= order < window:
-            problems.append(f"accuracy_order must be from 1 to window - 1 = {window - 1}, not {order!r}.")
-        if every is not None and every < 1:
-            problems.append(f"every must be at least 1, not {every!r}.")
+        if not (isinstance(window, int) and window >= 2):
+            problems.append(f"window must be an integer of at least 2, since a slope needs two values, not {window!r}.")
+        elif not (isinstance(order, int) and 1 <= order < window):
+            problems.append(f"accuracy_order must be an integer from 1 to window - 1 = {window - 1}, not {order!r}.")
+        if every is not None and not (isinstance(every, int) and every >= 1):
+            problems.append(f"every must be an integer of at least 1, not {every!r}.")
         if problems:
             raise ConstructionError(f"SoftAdapt cannot be built:{listed(problems)}")
         self.variant = variant
