@@ -104,7 +104,7 @@ class Last(nn.Module):
         record = self._buffers["record"]
         assert record is not None
         if torch.compiler.is_compiling():
-            _write_traced(record, values, present, weights, total)
+            _write_traced(record, values, stacked, present, weights, total)
             return
         if torch._C._are_functorch_transforms_active() and _is_batched(total):
             return  # one record cannot hold the values of a whole vmap
@@ -149,18 +149,27 @@ def seen_of(present: Sequence[Present], ones: Tensor) -> Tensor:
 
 
 def _write_traced(
-    record: Tensor, values: Sequence[Tensor], present: Sequence[Present], weights: Tensor, total: Tensor
+    record: Tensor,
+    values: Sequence[Tensor],
+    stacked: Tensor,
+    present: Sequence[Present],
+    weights: Tensor,
+    total: Tensor,
 ) -> None:
     """Writes element by element, which Inductor fuses into one kernel. A concatenation would be three or four.
 
-    A stack of the values is one as well up to 20 terms, but one for each term above.
+    A stack of many values would be a kernel for each; on a CPU these are lines of one function, and compile faster.
     """
     count = len(values)
+    by_row = record.device.type == "cpu"
     with torch.no_grad():  # instead of a detach() each, which takes a tenth of the time to trace
         record[count : 2 * count] = weights
         record[2 * count : 3 * count].fill_(1.0)
+        if by_row:
+            record[:count] = stacked
         for position, (value, is_present) in enumerate(zip(values, present, strict=True)):
-            record[position] = value
+            if not by_row:
+                record[position] = value
             if is_present is not True:
                 record[2 * count + position] = is_present
         record[3 * count] = total
