@@ -131,7 +131,7 @@ class Evaluation:
     def normalized(self, term: TermPlan, value: Tensor | None) -> Tensor | None:
         """Returns a sum over its count, for which every process adds its own, also where the term is absent."""
         assert term.normalizer is not None
-        divisor: Any = self.container.divisor(term.name)  # type: ignore[operator]
+        divisor: Any = self.container._divisor(term.name)  # type: ignore[operator]
         if divisor is None:
             divisor = self.count(0.0 if value is None else self.argument(term.normalizer, ()))
             if not self.is_local:

@@ -286,7 +286,7 @@ class PathLossModule(nn.Module):
             for position, target in enumerate(targets)
         ]
 
-    def divisor(self, name: str) -> Tensor | None:
+    def _divisor(self, name: str) -> Tensor | None:
         """Returns what `accumulate` has a term divided by, or `None` outside of it."""
         return self._divisors[self.weights._names.index(name)] if self._accumulates else None  # type: ignore[index]
 
