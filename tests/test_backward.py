@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from torch_pathloss import CompileError, Output, PathLossModule, Shared, Target, Term
+from torch_pathloss import _compile as how
 
 
 def model_of(output: Any) -> Any:
@@ -327,13 +328,14 @@ def test_a_compiled_criterion_can_be_copied_and_the_copy_is_not_compiled():
 
 
 def test_compile_keeps_what_the_caller_gives():
-    from torch_pathloss import _compile
-
-    ours = _compile.arguments({})
+    ours = how.arguments({})
     assert ours["fullgraph"] is True
     assert ours["options"]["combo_kernels"] is True
-    assert _compile.arguments({"fullgraph": False, "backend": "eager"}) == {"fullgraph": False, "backend": "eager"}
-    merged = _compile.arguments({"mode": "reduce-overhead", "options": {"combo_kernels": False}})
+    assert how.arguments({"fullgraph": False, "backend": "eager"}) == {
+        "fullgraph": False,
+        "backend": "eager",
+    }
+    merged = how.arguments({"mode": "reduce-overhead", "options": {"combo_kernels": False}})
     assert "mode" not in merged
     assert merged["options"]["triton.cudagraphs"] is True
     assert merged["options"]["combo_kernels"] is False
@@ -393,3 +395,104 @@ def test_nothing_in_backward_reads_from_the_device():
             module._grad_in_forward = True
             if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
                 module(model_of(output), target, **keywords).backward()
+
+
+def test_a_leaf_takes_its_gradient_over_without_a_copy():
+    module = PathLossModule({"a": nn.MSELoss(), "b": nn.MSELoss()})
+    output = {name: torch.randn(3, requires_grad=True) for name in "ab"}
+    target = {name: torch.zeros(3) for name in "ab"}
+    for backend in (None, "aot_eager"):
+        if backend:
+            module.compile(backend=backend)
+        module.backward(output, target)  # compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            output["a"].grad = output["b"].grad = None
+            module.backward(output, target)
+        inside = {event.name for event in profile.events() if "AccumulateGrad" in getattr(event.cpu_parent, "name", "")}
+        assert inside
+        assert "aten::copy_" not in inside
+        torch.testing.assert_close(output["a"].grad, output["a"].detach() * 2 / 3)
+
+
+def test_a_gradient_in_memory_that_a_cuda_graph_writes_again_is_copied():
+    for given, expected in (
+        ({}, False),
+        ({"mode": "reduce-overhead"}, True),
+        ({"options": {"triton.cudagraphs": True}}, True),
+        ({"mode": "max-autotune"}, True),
+        ({"mode": "max-autotune-no-cudagraphs"}, False),
+        ({"backend": "cudagraphs"}, True),
+        ({"backend": "aot_eager"}, False),
+    ):
+        assert how.may_overwrite_results(how.arguments(given)) is expected, given
+    module = PathLossModule({"a": nn.MSELoss()})
+    module.compile(backend="eager")
+    module._gives_away = False
+    kept = torch.full((3,), 7.0)
+    module._compiled_pass = lambda *_, **__: (torch.zeros(()), [kept], [])
+    output = {"a": torch.randn(3, requires_grad=True)}
+    module.backward(output, {"a": torch.zeros(3)})
+    kept.zero_()
+    assert output["a"].grad.tolist() == [7.0, 7.0, 7.0]
+
+
+def test_hooks_at_an_output_and_at_a_parameter_see_their_gradients():
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            return (self.scale * (input - target)).sum()
+
+    module = PathLossModule({"a": Scaled(), "b": nn.MSELoss()})
+    a, b = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    seen = []
+    a.register_hook(lambda gradient: seen.append(("a", gradient.tolist())))
+    scale = module.get_submodule("/a").scale
+    scale.register_post_accumulate_grad_hook(lambda tensor: seen.append(("scale", tensor.grad.item())))
+    module.backward({"a": a, "b": b * 1}, {"a": torch.zeros(3), "b": torch.zeros(2)})
+    assert sorted(seen) == [("a", [2.0, 2.0, 2.0]), ("scale", 3.0)]
+    assert b.grad.tolist() == [1.0, 1.0]
+
+
+def test_two_criteria_of_the_same_modules_and_other_paths_have_graphs_of_their_own():
+    torch._dynamo.reset()
+    output = {"a": torch.ones(2, requires_grad=True), "b": torch.full((2,), 3.0, requires_grad=True)}
+    target = {"a": torch.zeros(2), "b": torch.zeros(2)}
+    criteria = [PathLossModule({name: nn.MSELoss()}) for name in "ab"]
+    criteria.append(PathLossModule({"a": Term(nn.MSELoss(), Output("b"), Target("b"))}))
+    for module in criteria:
+        module.compile(options={"guard_filter_fn": how.without_plan}, backend="eager")
+    for _ in range(2):
+        assert [module(output, target).item() for module in criteria] == [1.0, 9.0, 9.0]
+        assert [module.backward(output, target).item() for module in criteria] == [1.0, 9.0, 9.0]
+
+
+def test_a_constant_that_changes_is_noticed_without_the_guards_on_the_plan():
+    torch._dynamo.reset()
+    factors = [2.0]
+    module = PathLossModule({"a": Term(lambda x, f: x.sum() * f[0], Output("a"), factors)})
+    module.compile(options={"guard_filter_fn": how.without_plan}, backend="eager")
+    assert module({"a": torch.ones(3)}).item() == 6
+    factors[0] = 5.0
+    assert module({"a": torch.ones(3)}).item() == 15
+
+
+def test_of_the_plan_only_its_identity_is_guarded():
+    torch._dynamo.reset()
+    kept: list[str] = []
+
+    def recording(guards):
+        keep = how.without_plan(guards)
+        kept.extend(guard.name for guard, is_kept in zip(guards, keep, strict=True) if is_kept)
+        return keep
+
+    module = PathLossModule({"a": nn.MSELoss(), "b.*": nn.L1Loss()})
+    module.compile(options={"guard_filter_fn": recording}, backend="eager")
+    output = {"a": torch.ones(2, requires_grad=True), "b": [torch.ones(2)]}
+    for way in (module, module.value_and_grad):
+        kept.clear()
+        way(output, {"a": torch.zeros(2), "b": [torch.zeros(2)]})
+        assert {name for name in kept if "_plan." in name} == {"self._plan.identity"}
+        assert any("target" in name for name in kept)

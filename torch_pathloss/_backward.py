@@ -369,12 +369,38 @@ def _read(evaluation: Evaluation, term: TermPlan) -> list[Tensor]:
         raise
 
 
-def into_model(tensors: Sequence[Tensor | GradientEdge], gradients: Sequence[Tensor | None]) -> None:
-    """Runs the model's backward from its outputs, and accumulates the criterion's own gradients on the way."""
-    pairs = [(tensor, gradient) for tensor, gradient in zip(tensors, gradients, strict=True) if gradient is not None]
-    if pairs:
-        roots: list[Any] = [root for root, _ in pairs]  # torch takes both kinds together, its types do not
-        torch.autograd.backward(roots, [gradient for _, gradient in pairs])
+def into_model(tensors: Sequence[Tensor | GradientEdge], gradients: Gradients, gives_away: bool) -> None:
+    """Runs the model's backward from its outputs, and accumulates the criterion's own gradients on the way.
+
+    Empties the list of gradients: a leaf takes one over as its ``.grad`` if nobody else holds it, and copies it if not.
+    With ``gives_away`` nobody holds it; memory that is written again must be copied.
+    """
+    roots: list[Any] = [root for root, gradient in zip(tensors, gradients, strict=True) if gradient is not None]
+    given = [gradient for gradient in gradients if gradient is not None]
+    gradients.clear()
+    if gives_away and all(map(torch.is_tensor, roots)) and any(root.is_leaf for root in roots):
+        with torch.enable_grad():
+            root = _Given.apply(given, *roots)  # type: ignore[no-untyped-call]
+        torch.autograd.backward(root, torch.empty_like(root))
+    elif roots:
+        torch.autograd.backward(roots, given)
+
+
+@final
+class _Given(torch.autograd.Function):
+    """A node whose gradients are known. `torch.autograd.backward` would hold them while it hands them on."""
+
+    @staticmethod
+    def forward(ctx: Any, given: list[Tensor], *roots: Tensor) -> Tensor:
+        ctx.given = given
+        return roots[0].new_empty(())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+        given = tuple(ctx.given)
+        ctx.given.clear()
+        return (None, *given)
 
 
 @final

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,11 +21,14 @@ _OPTIONS = {
     "combo_kernel_max_num_nodes": 64,
     "combo_kernel_peak_memory_pct_threshold": None,
 }
+_PLAN = "self._plan"  # what Dynamo calls the plan in code that is compiled by `PathLossModule.compile`
 
 
 def arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `torch.compile`: what was given, and our defaults where it leaves room."""
     result: dict[str, Any] = {"fullgraph": True, **given}
+    if given.get("options") is not None:
+        result["options"] = dict(given["options"])  # torch takes some out of it (2.13)
     if result.get("backend", "inductor") != "inductor":
         return result
     mode = result.pop("mode", None)  # torch takes a mode or options, but a mode is nothing but options
@@ -33,9 +36,29 @@ def arguments(given: dict[str, Any]) -> dict[str, Any]:
     result["options"] = {
         **{name: value for name, value in _OPTIONS.items() if name in known},
         **({} if mode is None else torch._inductor.list_mode_options(mode)),
+        "guard_filter_fn": without_plan,
         **(given.get("options") or {}),
     }
     return result
+
+
+def may_overwrite_results(arguments: dict[str, Any]) -> bool:
+    """Whether a compiled function may give the same memory at its next call, as a replayed CUDA graph does."""
+    if arguments.get("backend", "inductor") != "inductor":
+        return arguments["backend"] not in ("eager", "aot_eager")
+    chosen = arguments["options"].get("triton.cudagraphs")
+    return bool(torch._inductor.config.triton.cudagraphs if chosen is None else chosen)
+
+
+def without_plan(guards: Sequence[Any]) -> list[bool]:
+    """Returns which of Dynamo's guards to keep: one on the plan's identity, and all that are not on the plan.
+
+    A plan is frozen, but Dynamo asks at every call for each of its fields whether it is still the same: two thirds of
+    all guards, and a tenth of a step of ten small terms. Constants in it may change, and keep theirs.
+    """
+    if all(guard.name != f"{_PLAN}.identity" for guard in guards):
+        return [True] * len(guards)
+    return [f"{_PLAN}." not in guard.name or ".identity" in guard.name or ".value" in guard.name for guard in guards]
 
 
 NO_FEATURE = (
@@ -59,14 +82,22 @@ def traced_autograd() -> Iterator[None]:
         config.trace_autograd_ops = before
 
 
-def naming_terms(function: Callable[..., T], evaluate: Callable[..., Evaluation]) -> Callable[..., T]:
+def naming_terms(
+    function: Callable[..., T], evaluate: Callable[..., Evaluation], differentiates: bool
+) -> Callable[..., T]:
     """Returns a compiled function whose failure to trace names the terms that cause it.
 
-    ``evaluate`` makes an evaluation of the same arguments.
+    Args:
+        function: what is compiled.
+        evaluate: makes an evaluation of the same arguments.
+        differentiates: whether gradients are computed in it. The flag for that is set at every call, which costs as
+            much as a small kernel.
     """
 
     def call(*args: Any, **kwargs: Any) -> T:
         try:
+            if not differentiates:
+                return function(*args, **kwargs)
             with traced_autograd():
                 return function(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException:

@@ -54,6 +54,8 @@ class Evaluation:
         device: torch.device,
         inactive: Mapping[str, bool] | None = None,
     ) -> None:
+        if not plan.identity:  # never, but a graph that asks is guarded by it
+            raise AssertionError("A plan has no identity.")
         self.plan = plan
         self.container = container
         self.trees = trees

@@ -151,15 +151,19 @@ def seen_of(present: Sequence[Present], ones: Tensor) -> Tensor:
 def _write_traced(
     record: Tensor, values: Sequence[Tensor], present: Sequence[Present], weights: Tensor, total: Tensor
 ) -> None:
-    """Writes element by element, which Inductor fuses into one kernel. A concatenation would be three or four."""
+    """Writes element by element, which Inductor fuses into one kernel. A concatenation would be three or four.
+
+    A stack of the values is one as well up to 20 terms, but one for each term above.
+    """
     count = len(values)
-    record[count : 2 * count] = weights
-    record[2 * count : 3 * count] = 1.0
-    for position, (value, is_present) in enumerate(zip(values, present, strict=True)):
-        record[position] = value.detach()
-        if is_present is not True:
-            record[2 * count + position] = is_present
-    record[3 * count] = total.detach()
+    with torch.no_grad():  # instead of a detach() each, which takes a tenth of the time to trace
+        record[count : 2 * count] = weights
+        record[2 * count : 3 * count].fill_(1.0)
+        for position, (value, is_present) in enumerate(zip(values, present, strict=True)):
+            record[position] = value
+            if is_present is not True:
+                record[2 * count + position] = is_present
+        record[3 * count] = total
 
 
 def _is_batched(tensor: Tensor) -> bool:

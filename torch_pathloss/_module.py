@@ -96,6 +96,7 @@ class PathLossModule(nn.Module):
     annotate: bool = False
 
     _accumulates: bool = False
+    _gives_away: bool = True
     _compiled_pass: Callable[..., tuple[Tensor, list[Tensor | None], list[Tensor | None]]] | None = None
 
     def __init__(
@@ -370,15 +371,18 @@ class PathLossModule(nn.Module):
 
         if self._compiled_pass is not None:
             total, gradients, own = self._compiled_pass(output, target, input, sample_weight, scale, every=False)
+            gradients = [*gradients, *own]
+            del own
         else:
             result = self._pass(
                 output, target, input, sample_weight, leaves, parameters, scale, False, release if consume else None
             )
-            total, gradients, own = result.total, result.leaves, result.parameters
-        for position, gradient in enumerate(gradients if consume else ()):  # what was not let go of on the way
-            if gradient is not None:
+            total, gradients = result.total, [*result.leaves, *result.parameters]
+            del result  # which would hold a gradient that `.grad` shall take over
+        for position in range(len(leaves) if consume else 0):  # what was not let go of on the way
+            if gradients[position] is not None:
                 release(position)
-        _backward.into_model(tensors, [*gradients, *own])
+        _backward.into_model(tensors, gradients, self._compiled_pass is None or self._gives_away)
         return total
 
     def terms(
@@ -523,8 +527,8 @@ class PathLossModule(nn.Module):
         """
         if self.weighting is not None and self.weighting.feature is not None:
             raise CompileError(_compile.NO_FEATURE)
-        options = _compile.arguments(kwargs)
-        super().compile(**options)
+        super().compile(**_compile.arguments(kwargs))
+        differentiates = self._grad_in_forward or (self.weighting is not None and self.weighting.uses_gradients)
 
         def evaluate(
             output: Any, target: Any = None, input: Any = None, sample_weight: Any = None, *_: Any, **__: Any
@@ -532,8 +536,11 @@ class PathLossModule(nn.Module):
             return self._evaluation(output, target, input, sample_weight)
 
         assert self._compiled_call_impl is not None
-        self._compiled_call_impl = _compile.naming_terms(self._compiled_call_impl, evaluate)
-        self._compiled_pass = _compile.naming_terms(torch.compile(self._traced_pass, **options), evaluate)
+        self._compiled_call_impl = _compile.naming_terms(self._compiled_call_impl, evaluate, differentiates)
+        arguments = _compile.arguments(kwargs)
+        self._gives_away = not _compile.may_overwrite_results(arguments)
+        compiled = torch.compile(self._traced_pass, **arguments)
+        self._compiled_pass = _compile.naming_terms(compiled, evaluate, differentiates=True)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]  # without torch's own compiled call; a copy compiles anew

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numbers
+import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -137,6 +138,8 @@ class Plan:
     shared: tuple[Call, ...]
     boundaries: tuple[bool, ...]
     """After each term, whether no shared computation is used on both sides."""
+    identity: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False, repr=False)
+    """Stands for all the rest where compiled code asks whether it was compiled for this plan. See `_compile`."""
 
 
 @dataclass(frozen=True)
