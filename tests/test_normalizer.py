@@ -353,3 +353,12 @@ def test_a_mapping_is_not_a_list_of_micro_batches():
     assert str(error.value) == (
         "accumulate() needs a list with the target of each micro-batch, not a dict with the keys 'x', 'n'."
     )
+
+
+def test_it_is_not_entered_twice():
+    module = PathLossModule({"x": l1(Target("n"))})
+    with module.accumulate([ONE] * 2):
+        with pytest.raises(ArgumentError) as error:
+            enter(module, [ONE])
+        assert module({"x": torch.ones(2)}, ONE).item() == 2 / 4 * 2  # it goes on
+    assert str(error.value) == "accumulate() is entered twice. Leave it after the micro-batches of one step."

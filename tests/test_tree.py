@@ -23,6 +23,9 @@ from torch_pathloss import PathLossModule, PathNotFoundError, Term, _paths, _tre
 Pair = namedtuple("Pair", "left right")
 
 
+Methods = namedtuple("Methods", "count keys")  # a tuple has a method count, a mapping a method keys
+
+
 @dataclass
 class Data:
     logits: Any
@@ -108,6 +111,12 @@ def walk(tree, path):
         ({0: Y, "0": X}, '["0"]'),
         ({"x.y": X}, '["x.y"]'),
         ({"": X}, '[""]'),
+        ({"-1": X, "a": Y}, "-1"),
+        ({-1: X, "a": Y}, "-1"),
+        (Methods(X, Y), "count"),
+        (Methods(Y, X), "keys"),
+        ({"keys": X, "items": Y}, "keys"),
+        ([Output(logits=[Data(X)])], "0.logits.0.logits"),
         (X, ""),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,

@@ -43,6 +43,17 @@ def test_weights_come_from_the_term_or_from_the_mapping():
     assert repr(module.weights) == "Weights({'a': 2, 'b': 3})"
 
 
+def test_weights_are_given_by_any_spelling_and_nesting():
+    for weights in (
+        {"a.b": 2.0, "a.c:x": 3.0, "d.0": 4.0},
+        {("a", "b"): 2.0, '["a"].c:x': 3.0, ("d", 0): 4.0},
+        {"a": {"b": 2.0, "c:x": 3.0}, "d": [4.0]},
+        {"a": {("b",): 2.0, "c": {":x": 3.0}}, "d": {0: 4.0}},
+    ):
+        losses = {"a.b": nn.L1Loss(), "a.c:x": nn.L1Loss(), "d.0": nn.L1Loss()}
+        assert PathLossModule(losses, weights=weights).weights.value.tolist() == [2.0, 3.0, 4.0]
+
+
 def test_log_has_the_same_keys_before_and_after_the_first_step_and_with_one_term():
     module = criterion(**{"a.b": 0.5})
     keys = [

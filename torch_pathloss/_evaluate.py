@@ -215,7 +215,7 @@ class Evaluation:
     def selection(self, term: TermPlan, captures: tuple[Path, ...]) -> _select.Selection | None:
         """Returns which samples a term is computed on, or `None` if the mask is absent."""
         mask = self.mask(term.where, captures)
-        return None if mask is _ABSENT else _select.Selection(_select.checked_mask(mask, self.device))
+        return None if mask is _ABSENT else _select.Selection(_select.checked_mask(mask, self.device), term.call)
 
     def mask(self, where: Argument | Condition | None, captures: tuple[Path, ...]) -> Any:
         if not isinstance(where, Condition):
@@ -242,7 +242,7 @@ class Evaluation:
 
         def safe(argument: Argument, value: Any, is_first: bool, is_second: bool) -> Any:
             is_safe = not self.is_per_sample(argument, is_first or is_second)
-            return value if is_safe else selection.safe(value, is_first, call)
+            return value if is_safe else selection.safe(value, is_first)
 
         positional = [
             safe(argument, value, position == 0, position == 1)

@@ -159,7 +159,7 @@ class PathLossModule(nn.Module):
         """
         modules = self._modules
         weighting: Weighting | None = modules.get("weighting")  # type: ignore[assignment]
-        if torch.is_grad_enabled() and (self._grad_in_forward or (weighting is not None and weighting.uses_gradients)):
+        if torch.is_grad_enabled() and (self._grad_in_forward or (weighting is not None and weighting.needs_norms())):
             return self._forward_with_gradients(output, target, input, sample_weight)
         evaluation = self._evaluation(output, target, input, sample_weight)
         if self._uncovered != "ignore":
@@ -237,8 +237,8 @@ class PathLossModule(nn.Module):
             inputs: the ``input`` of each micro-batch, if a normalizer reads it. Default: ``None``.
 
         Raises:
-            ArgumentError: if no term has a normalizer, a normalizer reads the output, which is not known yet, or there
-                are no micro-batches or not as many inputs as targets.
+            ArgumentError: if no term has a normalizer, a normalizer reads the output, which is not known yet, there are
+                no micro-batches or not as many inputs as targets, or it is entered already.
 
         Examples:
             >>> import torch
@@ -252,6 +252,8 @@ class PathLossModule(nn.Module):
             >>> total  # 4 ones over 4 boxes
             tensor(1.)
         """
+        if self._accumulates:
+            raise ArgumentError("accumulate() is entered twice. Leave it after the micro-batches of one step.")
         if isinstance(targets, (Mapping, Tensor)):
             found = _tree.describe(targets)
             raise ArgumentError(f"accumulate() needs a list with the target of each micro-batch, not {found}.")
@@ -578,7 +580,7 @@ class PathLossModule(nn.Module):
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
         weighting = self.weighting
-        if weighting is not None and weighting.uses_gradients:
+        if weighting is not None and weighting.needs_norms():
             feature = self._feature(weighting, output)
             result = _backward.balanced(evaluate, output, leaves, parameters, self._combine, scale, every, feature)
         elif not torch.compiler.is_compiling() and weighting is None:

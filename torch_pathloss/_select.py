@@ -2,7 +2,8 @@
 
 Where a loss is masked after it was computed, its gradient is NaN as soon as one of its factors is (0 times NaN).
 So the arguments of samples that are not selected are replaced before the criterion sees them: by those of a sample
-that is selected, which the criterion has to stand anyway, or by a constant where there is none.
+that is selected, which the criterion has to stand anyway, or by a constant where there is none. Criteria of torch are
+known to stand the constants, so they get them at once, which costs less.
 No boolean indexing: shapes do not depend on the mask, and nothing is read from the device.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch_pathloss import _tree
 from torch_pathloss._errors import ArgumentError, CriterionReturnError
 from torch_pathloss._plan import Call
+from torch_pathloss._term import spread
 
 # What stands for an argument when no sample is selected: a probability, a difference from the target that a square
 # root and a quotient can stand, a target that a logarithm can, and the first class.
@@ -65,21 +67,29 @@ class Selection:
 
     Args:
         mask: bool, 0-dim or with one element a sample.
+        call: the call, which knows whether the criterion is one of torch's: these stand constants, and compare element
+            by element or have their classes in the second dimension of their arguments.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, call: Call) -> None:
         self.mask = mask
-        self.any = mask if mask.ndim == 0 else mask.any()
-        self._first = () if mask.ndim == 0 or mask.numel() == 0 else _first(mask)
+        self._call = call
+        self._is_known = call.is_elementwise or call.is_classwise
+        self._first: tuple[Tensor, ...] = ()
+        if mask.ndim == 0:
+            self.any = mask
+        elif self._is_known or mask.numel() == 0:
+            self.any = mask.any()
+        else:
+            self.any, self._first = _first(mask)
+        self._rest = ~mask if self._is_known else ~self.any
 
-    def safe(self, argument: Any, is_first: bool, call: Call) -> Any:
+    def safe(self, argument: Any, is_first: bool) -> Any:
         """Returns an argument, a tensor or a tree of them, with other values where nothing is selected.
 
         Args:
             argument: what a criterion would be called with.
             is_first: whether it is the criterion's first argument.
-            call: the call, which knows whether the criterion compares element by element, or has its classes in the
-                second dimension of its arguments.
 
         Raises:
             ArgumentError: if a tensor has no sample for each element of the mask.
@@ -88,39 +98,45 @@ class Selection:
         def replaced(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
-            constant = _constant(leaf, _FIRST if is_first else _OTHER)
+            constant = _constant(leaf, is_first)
             if leaf.ndim == 0 or self.mask.ndim == 0:
-                return torch.where(self.any, leaf, constant)
-            if _has_classes(leaf, self.mask, call):
+                return leaf.masked_fill(~self.any, constant)
+            if _has_classes(leaf, self.mask, self._call):
                 return self._rows_replaced(leaf.movedim(1, -1), constant).movedim(-1, 1)
             return self._rows_replaced(leaf, constant)
 
         return replaced(argument) if isinstance(argument, Tensor) else _tree.map_leaves(replaced, argument)
 
-    def _rows_replaced(self, leaf: Tensor, constant: Tensor) -> Tensor:
+    def _rows_replaced(self, leaf: Tensor, constant: float) -> Tensor:
+        if self._is_known:
+            return leaf.masked_fill(spread(self._rest, leaf), constant)
         if not self._first:  # there are no samples
             return leaf
-        spread = self.mask.reshape(self.mask.shape + (1,) * (leaf.ndim - self.mask.ndim))
-        return torch.where(spread, leaf, torch.where(self.any, leaf.detach()[self._first], constant))
+        stand_in = leaf.detach()[self._first].masked_fill(self._rest, constant)
+        return torch.where(spread(self.mask, leaf), leaf, stand_in)
 
     def call(self, module: nn.Module, positional: list[Any], keywords: dict[str, Any]) -> Any:
         """Calls a criterion whose parameters get no gradient, not even NaN, where nothing is selected."""
-        own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        own: dict[str, Tensor] = {}
+        if module._parameters or module._modules:  # most criteria have neither
+            own = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         if not own:
             return module(*positional, **keywords)
         guarded = {name: torch.where(self.any, parameter, parameter.detach()) for name, parameter in own.items()}
         return torch.func.functional_call(module, guarded, tuple(positional), keywords)
 
 
-def _first(mask: Tensor) -> tuple[Tensor, ...]:
-    """Returns the index of the first sample that is selected, one tensor a dimension; some index where none is."""
-    # Tensors of one element: a 0-dim one would be read from the device.
-    position = mask.reshape(-1).to(torch.uint8).argmax().reshape(1)
+def _first(mask: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Returns whether anything is selected, and the index of a sample that is, one tensor a dimension."""
+    if mask.numel() == 0:
+        return mask.any(), ()
+    # The index stays a tensor of one element: a 0-dim one would be read from the device.
+    found, position = mask.reshape(-1).max(0, keepdim=True)
     indices: list[Tensor] = []
-    for size in reversed(mask.shape):
+    for size in reversed(mask.shape[1:]):
         indices.insert(0, position % size)
         position = position // size
-    return tuple(indices)
+    return found.squeeze(0), (position, *indices)
 
 
 def _has_classes(leaf: Tensor, mask: Tensor, call: Call) -> bool:
@@ -142,7 +158,7 @@ def _has_classes(leaf: Tensor, mask: Tensor, call: Call) -> bool:
     return behind_classes and (call.is_classwise or not leading)
 
 
-def _constant(leaf: Tensor, constant: float) -> Tensor:
-    """Returns a constant of the same dtype; integers and bools get 0."""
-    is_number = leaf.is_floating_point() or leaf.is_complex()
-    return torch.full((), constant if is_number else 0, dtype=leaf.dtype, device=leaf.device)
+def _constant(leaf: Tensor, is_first: bool) -> float:
+    if not (leaf.is_floating_point() or leaf.is_complex()):
+        return 0
+    return _FIRST if is_first else _OTHER

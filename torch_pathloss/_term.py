@@ -484,8 +484,8 @@ def reduce(
     dimensions of the result.
     """
     dtype = torch.promote_types(result.dtype, torch.float32)
-    mask = None if selected is None else _spread(selected, result)
-    share = None if sample_weight is None else _spread(sample_weight, result)
+    mask = None if selected is None else spread(selected, result)
+    share = None if sample_weight is None else spread(sample_weight, result)
     if mask is not None:  # the weights too: what is not selected may be NaN there
         result = torch.where(mask, result, 0)
         share = None if share is None else torch.where(mask, share, 0)
@@ -495,11 +495,13 @@ def reduce(
     total = weighted.sum(dtype=dtype)
     if reduction == "sum":
         return total
-    counted: Any = share if reduction == "weighted_mean" and share is not None else mask
-    count = counted.expand(result.shape).sum(dtype=dtype)
+    if mask is not None and (share is None or reduction == "mean"):
+        return total / mask.expand(result.shape).sum(dtype=dtype).clamp(min=1)
+    assert share is not None
+    count = share.expand(result.shape).sum(dtype=dtype)
     return total / torch.where(count == 0, 1, count)
 
 
-def _spread(tensor: Tensor, result: Tensor) -> Tensor:
+def spread(tensor: Tensor, result: Tensor) -> Tensor:
     """Returns a tensor of the first dimensions of a result so that it broadcasts over the others."""
     return tensor.reshape(tensor.shape + (1,) * (result.ndim - tensor.ndim))

@@ -300,3 +300,18 @@ def test_norms_are_taken_at_a_feature_of_the_model(weighting):
     )
     with pytest.raises(Exception, match="whose graph is not part of what is compiled"):
         criterion.compile()
+
+
+@pytest.mark.parametrize("weighting", [GradNorm, OutputBalancer])
+def test_in_evaluation_no_gradients_of_terms_are_computed_and_it_can_be_exported(weighting):
+    criterion = PathLossModule({"a": nn.L1Loss(), "b": nn.MSELoss()}, weighting=weighting())
+    output, target = both()
+    for _ in range(3):
+        criterion(output, target).backward()
+    before = state_of(criterion.weighting)
+    criterion.eval()
+    expected = criterion(output, target)
+    assert expected.grad_fn.name() != "GradientInForwardBackward"
+    exported = torch.export.export(criterion, (output, target)).module()
+    torch.testing.assert_close(exported(output, target), expected)
+    torch.testing.assert_close(state_of(criterion.weighting), before, rtol=0, atol=0)

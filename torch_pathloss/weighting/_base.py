@@ -38,8 +38,8 @@ class Weighting(nn.Module, ABC):
     """
 
     uses_gradients: ClassVar[bool] = False
-    """Whether `forward` is given ``norms``, the norm of the gradient of each value at the outputs, in calls that record
-    gradients. Such a weighting has no parameters, which would get no gradient; its total is the sum of weight times
+    """Whether `forward` is given ``norms``, the norm of the gradient of each value at the outputs, in training.
+    Such a weighting has no parameters, which would get no gradient; its total is the sum of weight times
     value."""
 
     feature: Path | None = None
@@ -101,6 +101,10 @@ class Weighting(nn.Module, ABC):
         if problems:
             raise ConstructionError(f"{type(self).__name__} does not fit the terms:{listed(problems)}")
         return found
+
+    def needs_norms(self) -> bool:
+        """Whether a call that records gradients has to compute those of each term."""
+        return self.uses_gradients and self.training
 
     def updates(self) -> bool:
         """Whether a call changes the state: in training mode, and where gradients are recorded."""
