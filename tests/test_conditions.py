@@ -1,6 +1,8 @@
 """`where`: every criterion equals itself on the selected samples, whatever stands in the others."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,7 @@ from torch_pathloss import (
     Shared,
     Target,
     Term,
+    known,
 )
 
 
@@ -601,14 +604,62 @@ def test_gradcheck(known):
     assert torch.autograd.gradgradcheck(loss, x)
 
 
+def test_a_criterion_that_compares_element_by_element_refuses_two_shapes():
+    module = PathLossModule({"x": unreduced_mse(where=Input("known"))})
+    with pytest.raises(ArgumentError) as error:
+        module({"x": torch.ones(3, 1)}, {"x": torch.ones(3)}, input={"known": torch.ones(3) > 0})
+    assert str(error.value) == (
+        "Term 'x': its criterion compares element by element, but its first argument has shape (3, 1) and its "
+        "second (3,). Torch would broadcast them. Give both the same shape."
+    )
+
+
+def test_outputs_whose_samples_are_not_first_are_refused():
+    ctc = Term(
+        nn.CTCLoss(reduction="none"),
+        where=Target("known"),
+        reduction="mean",
+        input_lengths=Input("frames"),
+        target_lengths=Target("length"),
+    )
+    target = {"x": torch.ones(3, 4), "length": torch.full((3,), 4), "known": torch.ones(3) > 0}
+    with pytest.raises(ArgumentError, match=r"its where has shape \(3,\), but an argument has shape \(9, 3, 5\)"):
+        PathLossModule({"x": ctc})({"x": torch.zeros(9, 3, 5)}, target, input={"frames": torch.full((3,), 9)})
+
+
+def test_ctc_is_conditional_where_its_samples_are_first():
+    def ctc(scores: Tensor, text: Tensor, frames: Tensor, length: Tensor) -> Tensor:
+        return F.ctc_loss(scores.transpose(0, 1).log_softmax(-1), text, frames, length, reduction="none")
+
+    module = PathLossModule(
+        {"x": Term(ctc, where=Target("known"), reduction="mean", frames=Input("frames"), length=Target("length"))}
+    )
+    known, x, y = torch.tensor([False, True, True]), leaf(3, 9, 5), torch.randint(1, 5, (3, 4))
+    with torch.no_grad():
+        x[0] = torch.nan
+    y[0], frames, length = -1, torch.full((3,), 9), torch.tensor([-7, 4, 3])
+    loss = module({"x": x}, {"x": y, "length": length, "known": known}, input={"frames": frames})
+    by_hand = ctc(x[known], y[known], frames[known], length[known]).mean()
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(by_hand, x))
+
+
+def test_a_conditional_criterion_is_copied_pickled_and_exported():
+    module = PathLossModule({"x": unreduced_mse(where=known(Target("x")))})
+    output, target = {"x": torch.tensor([1.0, torch.nan])}, {"x": torch.tensor([3.0, torch.nan])}
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert twin(output, target).item() == 4.0
+    assert torch.export.export(module, (output, target)).module()(output, target).item() == 4.0
+
+
 def every_kind() -> PathLossModule:
     """Conditional terms of every kind."""
-    known = Shared(lambda y: ~y.isnan().any(1), Target("age"))
+    labelled = known(Target("age"))
     unreduced_ce = nn.CrossEntropyLoss(reduction="none")
     return PathLossModule(
         {
-            "age": Term(nn.MSELoss(reduction="none"), where=known, reduction="mean"),
-            "age:own": Term(Scaled(), where=known, reduction="sum"),
+            "age": Term(nn.MSELoss(reduction="none"), where=labelled, reduction="mean"),
+            "age:own": Term(Scaled(), where=labelled, reduction="sum"),
             "label": Term(unreduced_ce, where=Input("labelled"), reduction="weighted_mean"),
             "mask": Term(unreduced_ce, where=Target("valid"), reduction="mean"),
             "box": Term(nn.SmoothL1Loss(), where=lambda output, target: target["box"].isfinite().all()),
@@ -757,8 +808,7 @@ def test_value_and_grad_inside_of_ones_own_graph_gives_the_same():
     module = PathLossModule({"x": unreduced_mse(where=Input("known")), "x:log": hard_where_known()})
     step = torch.compile(lambda *args: module.value_and_grad(args[0], args[1], input=args[2]), fullgraph=True,
                          backend="aot_eager")  # fmt: skip
-    for known in ([True, False, True], [False, False, False]):
-        mask = torch.tensor(known)
+    for mask in torch.tensor([[True, False, True], [False, False, False]]):
         x, y = torch.where(mask, 1.5, torch.nan), torch.where(mask, 2.0, torch.nan)
         total, gradient = step({"x": x}, {"x": y}, {"known": mask})
         theirs, expected = module.value_and_grad({"x": x}, {"x": y}, input={"known": mask})

@@ -97,6 +97,7 @@ class PathLossModule(nn.Module):
 
     _accumulates: bool = False
     _gives_away: bool = True
+    _divisors: Tensor | None
     _compiled_pass: Callable[..., tuple[Tensor, list[Tensor | None], list[Tensor | None]]] | None = None
 
     def __init__(
@@ -259,7 +260,8 @@ class PathLossModule(nn.Module):
             found = _tree.describe(targets)
             raise ArgumentError(f"accumulate() needs a list with the target of each micro-batch, not {found}.")
         evaluations = self._evaluations_of(list(targets), None if inputs is None else list(inputs))
-        divisors: Tensor = self._divisors  # type: ignore[assignment]
+        assert self._divisors is not None
+        self._divisors = divisors = self._divisors.float()  # half() makes it too short for counts
         with torch.no_grad():
             counts = [evaluation.counts() for evaluation in evaluations]
             total = _ranks.sum_over_ranks(torch.stack(counts).sum(0)).clamp(min=1)
