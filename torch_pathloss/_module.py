@@ -582,9 +582,7 @@ class PathLossModule(nn.Module):
         """Computes the total and its gradients, and records them in `last`."""
 
         def evaluate(cut: Any) -> Evaluation:
-            evaluation = self._evaluation(cut, target, input, sample_weight)
-            evaluation.is_local = True  # one process may look while the others go on
-            return evaluation
+            return self._evaluation(cut, target, input, sample_weight)
 
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
@@ -608,9 +606,7 @@ class PathLossModule(nn.Module):
         """Computes the gradients of weight times value of each term, and records the values in `last`."""
 
         def evaluate(cut: Any) -> Evaluation:
-            evaluation = self._evaluation(cut, target, input, sample_weight)
-            evaluation.is_local = True  # one process may look while the others go on
-            return evaluation
+            return self._evaluation(cut, target, input, sample_weight)
 
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
