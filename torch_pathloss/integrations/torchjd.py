@@ -107,7 +107,7 @@ def backward(
     if absent == "drop":
         rows = [row for row, seen in zip(rows, found.present, strict=True) if seen is not False]
     if not rows:
-        _backward.into_model([*tensors, *own], [*merged, *own_gradients])  # zeros
+        _backward.into_model([*tensors, *own], [*merged, *own_gradients], gives_away=True)  # zeros
         return found.total
     jacobians = [_stacked(tensor, [row[position] for row in rows]) for position, tensor in enumerate(tensors)]
     if features is None:
@@ -123,7 +123,7 @@ def backward(
         tensors = shared
     autojac.backward(tensors, jac_tensors=jacobians, inputs=parameters, parallel_chunk_size=parallel_chunk_size)
     autojac.jac_to_grad(parameters, aggregator)
-    _backward.into_model(own, own_gradients)
+    _backward.into_model(own, own_gradients, gives_away=True)
     return found.total
 
 
