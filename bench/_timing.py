@@ -73,6 +73,13 @@ def save(name: str, results: Any) -> pathlib.Path:
     return path
 
 
+def verdict(ratio: float, limit: float | None) -> str:
+    """Returns a ratio with its limit, and whether it holds."""
+    if limit is None:
+        return f"{ratio:.2f}"
+    return f"{ratio:.2f}, limit {limit:.2f} {'holds' if ratio <= limit else 'MISSED'}"
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     """Returns rows as columns of text, the first to the left and the others to the right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]

@@ -308,7 +308,7 @@ def speed_steps(shapes: list[tuple[int, ...]]) -> dict[str, Callable[[], Any]]:
 
         return run
 
-    own, plain = _compile.arguments({})["options"], {"combo_kernels": False}
+    own, plain = _compile.options(), {"combo_kernels": False}
     overhead = {"mode": "reduce-overhead"}
     return {
         "by hand, eager": step(losses),

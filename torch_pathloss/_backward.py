@@ -369,7 +369,7 @@ def _read(evaluation: Evaluation, term: TermPlan) -> list[Tensor]:
         raise
 
 
-def into_model(tensors: Sequence[Tensor | GradientEdge], gradients: Gradients, gives_away: bool) -> None:
+def into_model(tensors: Sequence[Tensor | GradientEdge], gradients: Gradients, gives_away: bool = True) -> None:
     """Runs the model's backward from its outputs, and accumulates the criterion's own gradients on the way.
 
     Empties the list of gradients: a leaf takes one over as its ``.grad`` if nobody else holds it, and copies it if not.

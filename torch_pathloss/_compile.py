@@ -24,6 +24,12 @@ _OPTIONS = {
 _PLAN = "self._plan"  # what Dynamo calls the plan in code that is compiled by `PathLossModule.compile`
 
 
+def options() -> dict[str, Any]:
+    """Returns our options of Inductor, those that this torch has."""
+    known = torch._inductor.list_options()
+    return {name: value for name, value in _OPTIONS.items() if name in known}
+
+
 def arguments(given: dict[str, Any]) -> dict[str, Any]:
     """Returns the arguments of `torch.compile`: what was given, and our defaults where it leaves room."""
     result: dict[str, Any] = {"fullgraph": True, **given}
@@ -32,9 +38,8 @@ def arguments(given: dict[str, Any]) -> dict[str, Any]:
     if result.get("backend", "inductor") != "inductor":
         return result
     mode = result.pop("mode", None)  # torch takes a mode or options, but a mode is nothing but options
-    known = torch._inductor.list_options()
     result["options"] = {
-        **{name: value for name, value in _OPTIONS.items() if name in known},
+        **options(),
         **({} if mode is None else torch._inductor.list_mode_options(mode)),
         "guard_filter_fn": without_plan,
         **(given.get("options") or {}),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from torch_pathloss import Input, Output, PathLossModule, Shared, Target, Term, _compile, known, weighting
 
-OWN = _compile.arguments({})["options"]
+OWN = _compile.options()
 TEN_MSE = {
     "same small": [(64, 32)] * 10,
     "different small": [(64, 8 * (i + 1)) for i in range(10)],
