@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -268,8 +268,12 @@ PIXELS = torch.tensor([[[True, False, True], [False, False, True]], [[False, Tru
 
 @pytest.mark.parametrize(
     "criterion",
-    [nn.CrossEntropyLoss(reduction="none"), partial(F.cross_entropy, reduction="none")],
-    ids=["module", "function"],
+    [
+        nn.CrossEntropyLoss(reduction="none"),
+        partial(F.cross_entropy, reduction="none"),
+        lambda x, y: F.cross_entropy(x, y, reduction="none"),
+    ],
+    ids=["module", "function", "unknown function"],
 )
 @pytest.mark.parametrize("channels", [4, 2, 3], ids=["4 classes", "as many classes as samples", "as rows"])
 def test_cross_entropy_of_pixels_takes_a_mask_of_pixels(criterion, channels):
@@ -937,3 +941,43 @@ def test_explain_does_not_call_a_term_absent_for_a_none_in_the_input():
     module = PathLossModule({"x": Term(lambda x, y, z: (x - y).mean(), z=Input("z"))})
     output, target = {"x": torch.zeros(3)}, {"x": torch.zeros(3)}
     assert module.explain(output, target, input={"z": None}).endswith("(3,) and (3,) and NoneType")
+
+
+@st.composite
+def masks_of_elements(draw: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """Returns a mask of one to three dimensions, and the shape of arguments that may have more."""
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    count = math.prod(sizes)
+    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count))).reshape(sizes)
+    return mask, (*sizes, *draw(st.lists(st.integers(1, 2), max_size=4 - len(sizes))))
+
+
+ELEMENTWISE = {
+    "MSE": nn.MSELoss(reduction="none"),
+    "BCE": nn.BCELoss(reduction="none"),
+    "logarithm, root and quotient": hard,
+}
+
+
+@settings(max_examples=300)
+@given(masks_of_elements(), st.sampled_from([*ELEMENTWISE]), st.sampled_from([math.nan, math.inf, 0.0, -1.0]))
+def test_any_mask_of_elements_gives_the_criterion_on_the_selected_elements(drawn, name, poison):
+    mask, shape = drawn
+    assume(name != "logarithm, root and quotient" or not may_have_classes(mask, shape))
+    module = PathLossModule({"x": Term(ELEMENTWISE[name], where=Input("known"), reduction="mean")})
+    x = poisoned(probabilities(*shape), mask, poison).requires_grad_()
+    y = poisoned(probabilities(*shape), mask, poison)
+    loss = module({"x": x}, {"x": y}, input={"known": mask})
+    (found,) = torch.autograd.grad(loss, x)
+    if not mask.any():
+        assert loss.item() == 0
+        assert (found == 0).all()
+        return
+    by_hand = ELEMENTWISE[name](x[mask], y[mask]).mean()
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(found, torch.autograd.grad(by_hand, x)[0])
+
+
+def may_have_classes(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the second dimension of a shape may be that of classes, which a criterion that is not known refuses."""
+    return mask.ndim > 1 and shape[:1] + shape[2:] == tuple(mask.shape)
