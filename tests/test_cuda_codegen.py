@@ -64,6 +64,14 @@ def test_loss_and_gradients_of_ten_mixed_criteria_need_at_most_eight_launches(co
     assert own <= 8
 
 
+@pytest.mark.parametrize(("weighting", "more"), [("EMANormalized", 1), ("Uncertainty", 1), ("GradNorm", 2)])
+def test_a_weighting_needs_a_launch_or_two_more_with_the_options_of_compile(counted, weighting, more):
+    forward, backward = launches(counted, "call, same small, own")
+    ours, our_backward = launches(counted, f"call, {weighting}, own")
+    assert ours <= forward + more
+    assert our_backward <= backward
+
+
 def test_a_weight_changed_in_place_inside_the_graph_stays_in_it(counted):
     forward, _ = launches(counted, "changed weight")
     assert forward <= launches(counted, "call, same small, default")[0] + 1

@@ -267,6 +267,8 @@ def main() -> None:
         found[f"call, {name}"] = count(call, weighted(kind), backward=True)
         if kind.uses_gradients:
             found[f"value_and_grad, {name}"] = count(value_and_grad, weighted(kind), backward=False)
+        if name in ("EMANormalized", "Uncertainty", "GradNorm"):  # a factor, a parameter, gradients
+            found[f"call, {name}, own"] = count(call, weighted(kind), backward=True, own=True)
     print(json.dumps(found, indent=1))
 
 
