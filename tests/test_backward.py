@@ -11,9 +11,10 @@ import pytest
 import torch
 from _laws import CASES, Case
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torch_pathloss import CompileError, Output, PathLossModule, Shared, Target, Term
+from torch_pathloss import ArgumentError, CompileError, Output, PathLossModule, PathNotFoundError, Shared, Target, Term
 from torch_pathloss import _compile as how
 
 
@@ -316,6 +317,33 @@ def test_a_criterion_that_cannot_be_traced_is_named_and_still_works_in_eager_mod
     loose = PathLossModule({"a": nn.MSELoss(), "b": Reads()})
     loose.compile(backend="eager", fullgraph=False)
     torch.testing.assert_close(loose(output, target), module.eval()._call_impl(output, target))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_criterion_on_another_device_than_the_outputs_raises_before_anything_is_compiled(compiled):
+    counter = CompileCounter()
+    module = PathLossModule({"a": nn.MSELoss(), "b": nn.MSELoss()})
+    if compiled:
+        module.compile(backend=counter)
+    output = {name: torch.zeros(2, device="meta", requires_grad=True) for name in "ab"}
+    target = {name: torch.zeros(2, device="meta") for name in "ab"}
+    for way in (module, module.backward, module.value_and_grad):
+        with pytest.raises(ArgumentError) as caught:
+            way(output, target)
+        assert str(caught.value) == (
+            "Term 'a': its value is on meta, but the weights are on cpu. "
+            "Move the criterion to the outputs' device with criterion.to('meta')."
+        )
+    assert counter.frame_count == 0
+
+
+def test_what_is_wrong_in_eager_mode_says_the_same_compiled():
+    module = PathLossModule({"a": nn.MSELoss(), "b.c": nn.MSELoss()})
+    module.compile(backend="eager")
+    x = torch.ones(2, requires_grad=True)
+    for way in (module, module.backward, module.value_and_grad):
+        with pytest.raises(PathNotFoundError, match=r"^Term 'b\.c': the output has no 'b\.c'\. The walk stopped"):
+            way({"a": x, "b": {"d": x}}, {"a": torch.zeros(2), "b": {"c": torch.zeros(2)}})
 
 
 def test_a_compiled_criterion_can_be_copied_and_the_copy_is_not_compiled():

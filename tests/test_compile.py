@@ -182,13 +182,19 @@ def test_export_gives_the_same_values(strict):
     torch.testing.assert_close(program.module()(output, target, **keywords), module(output, target, **keywords))
 
 
-def test_nothing_in_a_call_reads_from_the_device():
+def test_nothing_in_a_training_loop_reads_from_the_device_but_the_log():
     with torch._subclasses.fake_tensor.FakeTensorMode():  # a read of a value raises
         module, (output, target, input, sample_weight) = criterion(), data()
         module(output, target, input=input, sample_weight=sample_weight).backward()
         module.weights["label"] = 0.5
         module.weights["label"] = torch.ones(())
+        module.weights.update({"label": 2.0, "off": torch.ones(())})
+        module.step()
         module.terms(output, target, input=input, sample_weight=sample_weight)
-        assert module.last.total.shape == module.last.values["label"].shape == ()
+        module.output_gradients(output, target, input=input, sample_weight=sample_weight)
+        module.backward(output, target, input=input, sample_weight=sample_weight)
+        last = module.last
+        assert last.total.shape == last.values["label"].shape == last.weights["label"].shape == ()
+        assert last.present["off"].shape == ()
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
             module.last.log()

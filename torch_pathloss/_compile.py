@@ -90,7 +90,7 @@ def traced_autograd() -> Iterator[None]:
 def naming_terms(
     function: Callable[..., T], evaluate: Callable[..., Evaluation], differentiates: bool
 ) -> Callable[..., T]:
-    """Returns a compiled function whose failure to trace names the terms that cause it.
+    """Returns a compiled function whose failure to trace names the terms that cause it, or is the error of eager mode.
 
     Args:
         function: what is compiled.
@@ -105,11 +105,16 @@ def naming_terms(
                 return function(*args, **kwargs)
             with traced_autograd():
                 return function(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException:
-            causes = _untraceable(evaluate(*args, **kwargs))
-            if not causes:
-                raise
-        raise CompileError(f"The criterion cannot be compiled:{listed(causes)}")
+        except torch._dynamo.exc.TorchDynamoException as error:
+            failure = error
+        evaluation = evaluate(*args, **kwargs)
+        evaluation.is_local = True  # the other processes may not have failed
+        with torch.no_grad():
+            evaluation.values()  # raises what is wrong in eager mode too, of which Dynamo keeps no word
+            causes = _untraceable(evaluation)
+        if causes:
+            raise CompileError(f"The criterion cannot be compiled:{listed(causes)}")
+        raise failure
 
     return call
 
