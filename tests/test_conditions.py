@@ -983,3 +983,60 @@ def test_any_mask_of_elements_gives_the_criterion_on_the_selected_elements(drawn
 def may_have_classes(mask: Tensor, shape: tuple[int, ...]) -> bool:
     """Whether the second dimension of a shape may be that of classes, which a criterion that is not known refuses."""
     return mask.ndim > 1 and shape[:1] + shape[2:] == tuple(mask.shape)
+
+
+class LogOfFar(nn.Module):
+    """A criterion with a parameter that is NaN, with its derivative, at the constants that stand for no sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.scale * (output - target - 5).log()
+
+
+@pytest.mark.parametrize("flags", [[False, True], [False, False]], ids=["some", "none"])
+@pytest.mark.parametrize("whole", [False, True], ids=["samples", "whole"])
+def test_a_criterion_that_stands_no_constant_makes_nothing_nan(flags, whole):
+    mask = torch.tensor(flags)
+    criterion = LogOfFar()
+    where = Shared(torch.any, Input("known")) if whole else Input("known")
+    module = PathLossModule({"x": Term(criterion, where=where, reduction="sum")})
+    x, y = torch.tensor([20.0 if whole else torch.nan, 10.0], requires_grad=True), torch.zeros(2)
+    loss = module({"x": x}, {"x": y}, input={"known": mask})
+    loss.backward()
+    rows = x.detach() if whole and any(flags) else x.detach()[mask]
+    torch.testing.assert_close(loss.detach(), (rows - 5).log().sum())
+    torch.testing.assert_close(criterion.scale.grad, (rows - 5).log().sum())
+    assert x.grad.isfinite().all()
+
+
+def test_a_second_argument_from_the_input_is_made_safe():
+    term = Term(nn.CrossEntropyLoss(reduction="none"), Output("x"), Input("y"), where=Input("known"), reduction="mean")
+    x, y, mask = leaf(3, 4), torch.tensor([1, -7, 99]), torch.tensor([True, False, False])
+    loss = PathLossModule({"x": term})({"x": x}, input={"y": y, "known": mask})
+    torch.testing.assert_close(loss, F.cross_entropy(x[:1], y[:1]))
+
+
+def test_a_mask_shared_with_an_earlier_term_is_computed_once_by_backward_too():
+    calls = []
+
+    def positive(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x > 0
+
+    mask = Shared(positive, Target("large"))
+    module = PathLossModule(
+        {
+            "large": Term(nn.MSELoss(reduction="none"), where=mask, reduction="mean"),
+            "between": nn.MSELoss(),
+            "count": Term(nn.L1Loss(reduction="sum"), normalizer=mask),
+        }
+    )
+    large = 2**19  # floats: more than the memory for which terms are grouped
+    output = {
+        name: torch.zeros(n, requires_grad=True) for name, n in (("large", large), ("between", large), ("count", 1))
+    }
+    module.backward(output, {"large": torch.ones(large), "between": torch.ones(large), "count": torch.ones(1)})
+    assert len(calls) == 1
