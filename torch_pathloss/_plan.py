@@ -126,6 +126,8 @@ class TermPlan:
     masking: tuple[Read, ...] = ()
     """Every node that the mask is made of."""
     normalizer: Argument | None = None
+    arguments: tuple[Read, ...] = ()
+    """Those of the reads that are not of the output."""
     counted: tuple[Read, ...] = ()
     """Every node that the normalizer reads."""
 
@@ -334,6 +336,7 @@ class _Binder:
             where=where,
             masking=masking,
             normalizer=normalizer,
+            arguments=tuple(read for read in reads if read.tree != OUTPUT),
             counted=counted,
         )
 

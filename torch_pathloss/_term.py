@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import numbers
+import types
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, final
 
@@ -361,6 +362,39 @@ class FunctionCriterion(nn.Module):
 
     def __repr__(self) -> str:
         return callable_name(self.function)
+
+
+def parameters_behind(function: Any, visited: set[int] | None = None) -> list[nn.Parameter]:
+    """Returns the parameters of what a plain function closes over, is bound to, or names."""
+    visited = set() if visited is None else visited
+    if id(function) in visited:
+        return []
+    visited.add(id(function))
+    if isinstance(function, nn.Parameter):
+        return [function]
+    if isinstance(function, nn.Module):
+        return list(function.parameters())
+    if isinstance(function, functools.partial):
+        behind = [function.func, *function.args, *function.keywords.values()]
+    else:
+        owner = getattr(function, "__self__", None)
+        behind = [owner] if isinstance(owner, nn.Module) else []
+        code, known = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+        behind += [known[name] for name in (code.co_names if code else ()) if name in known]
+        behind += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    found = [p for inner in behind if _may_hold_parameters(inner) for p in parameters_behind(inner, visited)]
+    return list(dict.fromkeys(found))
+
+
+def _may_hold_parameters(value: Any) -> bool:
+    return isinstance(value, (nn.Module, nn.Parameter, functools.partial, types.FunctionType, types.MethodType))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 _ELEMENTWISE_MODULES = (

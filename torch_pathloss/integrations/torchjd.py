@@ -94,14 +94,14 @@ def backward(
     autojac = _extras.needed("torchjd.autojac", by="torch_pathloss.integrations.torchjd", extra="torchjd")
     _check(criterion, aggregator, absent)
     _, leaves = _backward.leaves_of(output, every=False)
-    found = criterion._weighted_gradients(output, target, input, sample_weight, leaves)
+    own = criterion._trained_parameters(criterion._further(output, target, input, sample_weight))
+    found = criterion._weighted_gradients(output, target, input, sample_weight, leaves, own)
     tensors, rows = _distinct(leaves, [row[: len(leaves)] for row in found.rows])
     if not tensors:
         raise ArgumentError(
             "No term depends on a tensor of the output that requires grad, so there is nothing to aggregate. "
             "Compute the output with gradients enabled."
         )
-    own = criterion._trained_parameters()
     own_gradients = _sums([row[len(leaves) :] for row in found.rows], len(own))
     merged = _sums(rows, len(tensors))
     if absent == "drop":
