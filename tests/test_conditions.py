@@ -235,6 +235,17 @@ def test_an_empty_selection_is_0_with_zero_gradient_and_absent(some, poison):
         assert math.isnan(module.last.log()["terms/t"])
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.parametrize("flags", [[False, True, False], [False] * 3], ids=["some", "none"])
+@pytest.mark.parametrize("some", CASES, ids=str)
+def test_anomaly_detection_finds_no_nan_on_the_way_back(some, flags):
+    mask = torch.tensor(flags)
+    module = PathLossModule({"t": some.term(where=Input("known"), reduction="mean")})
+    outputs, targets = poisoned_call(some, mask, torch.nan)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        module(outputs, targets, input={"known": mask}).backward()
+
+
 @pytest.mark.parametrize("some", CASES, ids=str)
 @pytest.mark.parametrize("reduces", [True, False], ids=["reduces by itself", "reduction"])
 def test_a_mask_without_dimensions_switches_the_whole_term(some, reduces):

@@ -530,10 +530,15 @@ def reduce(
     if reduction == "sum":
         return total
     if mask is not None and (share is None or reduction == "mean"):
-        return total / mask.expand(result.shape).sum(dtype=dtype).clamp(min=1)
+        return total / _sum_over(result, mask, dtype).clamp(min=1)
     assert share is not None
-    count = share.expand(result.shape).sum(dtype=dtype)
+    count = _sum_over(result, share, dtype)
     return total / torch.where(count == 0, 1, count)
+
+
+def _sum_over(result: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the sum of a tensor that is spread over a result, without reading it as often."""
+    return share.sum(dtype=dtype) * (result.numel() // max(share.numel(), 1))
 
 
 def spread(tensor: Tensor, result: Tensor) -> Tensor:
