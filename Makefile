@@ -10,7 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m torch_pathloss $(DEMO)
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

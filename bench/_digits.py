@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench._rules import Rule
-from torch_pathloss import PathLossModule, Term
-from torch_pathloss.demo._data import IGNORED, Canvases, Digits, load, place
-from torch_pathloss.demo._model import Detector, OverlapLoss, evaluate, sample_weight
+from torch_pathloss.demo._data import Canvases, Digits, load, place
+from torch_pathloss.demo._model import Detector, evaluate, make_criterion
 
 EPOCHS = 3
 BATCH = 32
@@ -20,22 +19,6 @@ COPIES = 2
 LR = 4e-3
 METRICS = {"accuracy": 1, "mean_iou": 1, "confidence_accuracy": 1, "ink_loss": -1}
 """What is measured on held-out digits, and whether more of it is better."""
-
-
-def criterion_for(rule: Rule, seed: int) -> PathLossModule:
-    """Returns the criterion of the demo, with the weights or the weighting of a rule."""
-    return PathLossModule(
-        {
-            "classification": nn.CrossEntropyLoss(ignore_index=IGNORED, label_smoothing=0.05),
-            "detection": OverlapLoss(),
-            "detection.bbox": Term(nn.SmoothL1Loss(reduction="none", beta=0.1), reduction="weighted_mean"),
-            "detection.confidence": nn.BCEWithLogitsLoss(),
-            "aux.*": Term(nn.BCEWithLogitsLoss(), match="mean"),
-        },
-        weights=rule.weights.get("digits"),
-        weighting=rule.weighting("digits", seed),
-        uncovered="error",
-    )
 
 
 @functools.cache
@@ -55,7 +38,8 @@ def train(rule: Rule, seed: int) -> dict[str, Any]:
     """Returns the metrics on held-out digits, and the effective weights of the last step."""
     epochs, held_out = data(seed)
     torch.manual_seed(seed)
-    model, criterion = Detector(), criterion_for(rule, seed)
+    model = Detector()
+    criterion = make_criterion(rule.weights.get("digits", {}), rule.weighting("digits", seed))
     groups = [
         {"params": list(model.parameters()), "weight_decay": 1e-2},
         {"params": list(criterion.parameters()), "weight_decay": 0.0},  # it would pull what is learned to 0
@@ -68,12 +52,12 @@ def train(rule: Rule, seed: int) -> dict[str, Any]:
     for epoch in epochs:
         for images, target in epoch:
             optimizer.zero_grad()
-            criterion(model(images), target, sample_weight=sample_weight(target)).backward()
+            criterion(model(images), target).backward()
             optimizer.step()
             schedule.step()
             if updates_after:
                 with torch.no_grad():
-                    criterion.update(model(images), target, sample_weight=sample_weight(target))
+                    criterion.update(model(images), target)
         if hasattr(criterion.weighting, "end_epoch") and criterion.weighting.window is None:
             criterion.weighting.end_epoch()
     metrics = evaluate(model, held_out) | {"ink_loss": ink_loss(model, held_out)}

@@ -48,8 +48,9 @@ def draw_paths(axis: Axes, name: str, runs: list[dict[str, Any]], grid: tuple[to
     axis.contour(*grid, levels=12, colors="#d0d7de", linewidths=0.5, linestyles="solid")
     axis.plot([-7, 7], [-8, -8], color="#8c959f", linewidth=3, solid_capstyle="round")
     for colour, found in zip(STARTS, runs, strict=False):  # the first seed
-        axis.plot(*zip(*found["path"], strict=True), color=colour, linewidth=1)
-        axis.plot(*found["path"][-1], "o", color=colour, markersize=4)
+        path = _toy.points(found["path"])
+        axis.plot(*zip(*path, strict=True), color=colour, linewidth=1)
+        axis.plot(*path[-1], "o", color=colour, markersize=4)
     reached = sum(found["gap"] < _toy.NEAR for found in runs)
     axis.set_title(f"{name}: {reached} of {len(runs)}", fontsize=8)
     axis.set(xlim=(-11, 11), ylim=(-11, 11), xticks=[], yticks=[])

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from torch_pathloss import weighting as package
+from torch_pathloss.demo._model import WEIGHTS
 from torch_pathloss.weighting import Weighting
 
 Problem = str
@@ -34,7 +35,7 @@ FIXED = [
     Rule("equal weights", note="the base of the comparison"),
     Rule(
         "weights by hand",
-        weights={"toy": {"x:first": 10.0}, "digits": {"detection.bbox": 5.0, "aux.*": 0.5}},
+        weights={"toy": {"x:first": 10.0}, "digits": WEIGHTS},
         note="toy: undoes the scale of 0.1; digits: those of the demo",
     ),
 ]

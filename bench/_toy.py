@@ -73,15 +73,22 @@ def train(rule: Rule, seed: int, start: tuple[float, float]) -> dict[str, Any]:
     path = []
     for step in range(STEPS):
         if step % KEPT == 0:
-            path.append([round(entry, 2) for entry in x.tolist()])
+            path.append(x.tolist())
         optimizer.zero_grad()
         criterion({"x": x}).backward()
         optimizer.step()
         if updates_after:
             criterion.update({"x": x})
-    path.append([round(entry, 2) for entry in x.tolist()])
+    path.append(x.tolist())
     end = torch.stack([loss_at(x.detach(), number) for number in (0, 1)])
-    return {"seed": seed, "start": start, "path": path, "losses": end.tolist(), "gap": gap(end)}
+    text = " ".join(f"{first:.2f},{second:.2f}" for first, second in path)  # JSON has a line for each number of a list
+    return {"seed": seed, "start": start, "path": text, "losses": end.tolist(), "gap": gap(end)}
+
+
+def points(path: str) -> list[tuple[float, float]]:
+    """Returns the points of a path that `train` gave."""
+    pairs = (pair.split(",") for pair in path.split())
+    return [(float(first), float(second)) for first, second in pairs]
 
 
 def gap(losses: Tensor) -> float:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_pathloss import ArgumentError, Output, PathLossModule, Shared, Target, Term, _compile
+from torch_pathloss import ArgumentError, Output, PathLossModule, Shared, Target, Term, _compile, known
 
 DEVICE = "cuda"
 SIZES = {
@@ -57,7 +57,11 @@ def dice(probability: Tensor, target: Tensor) -> Tensor:
 
 
 def every_kind() -> tuple[PathLossModule, Any, Any, dict[str, Any]]:
-    """A subtree, labels, a shared computation, a pattern, a reduction with sample weights, an absent term."""
+    """A subtree, labels, a shared computation, a pattern, a reduction with sample weights, masks, an absent term."""
+
+    def root(output: Tensor, target: Tensor) -> Tensor:  # by no criterion of torch's: a selected row stands in
+        return ((output - target).square() + 1).sqrt()
+
     probability = Shared(torch.sigmoid, Output("mask"))
     criterion = PathLossModule(
         {
@@ -67,6 +71,8 @@ def every_kind() -> tuple[PathLossModule, Any, Any, dict[str, Any]]:
             "mask:mse": Term(nn.MSELoss(), probability, Target("mask")),
             "aux.*": Term(nn.MSELoss(), match="mean"),
             "score": Term(nn.MSELoss(reduction="none"), reduction="weighted_mean"),
+            "box": Term(nn.SmoothL1Loss(reduction="none"), where=known(Target("box")), reduction="mean"),
+            "box:root": Term(root, where=known(Target("box")), reduction="sum", normalizer=Target("boxes")),
             "off": nn.MSELoss(),
         },
         weights={"label": 0.5},
@@ -81,6 +87,7 @@ def every_kind() -> tuple[PathLossModule, Any, Any, dict[str, Any]]:
         "mask": randn(8, 16, 16),
         "aux": [randn(64, 4), randn(64, 8)],
         "score": randn(64),
+        "box": randn(64, 4),
         "off": randn(3),
     }
     target = {
@@ -89,6 +96,8 @@ def every_kind() -> tuple[PathLossModule, Any, Any, dict[str, Any]]:
         "mask": torch.rand(8, 16, 16, device=DEVICE),
         "aux": [torch.randn(64, 4, device=DEVICE), torch.randn(64, 8, device=DEVICE)],
         "score": torch.randn(64, device=DEVICE),
+        "box": torch.where(torch.rand(64, 1, device=DEVICE) < 0.5, torch.randn(64, 4, device=DEVICE), torch.nan),
+        "boxes": torch.full((1,), 32, device=DEVICE),
         "off": None,
     }
     return criterion, output, target, {"sample_weight": {"score": torch.rand(64, device=DEVICE)}}

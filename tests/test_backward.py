@@ -14,7 +14,17 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves, tree_map
 
-from torch_pathloss import ArgumentError, CompileError, Output, PathLossModule, PathNotFoundError, Shared, Target, Term
+from torch_pathloss import (
+    ArgumentError,
+    CompileError,
+    Input,
+    Output,
+    PathLossModule,
+    PathNotFoundError,
+    Shared,
+    Target,
+    Term,
+)
 from torch_pathloss import _compile as how
 
 
@@ -524,3 +534,60 @@ def test_of_the_plan_only_its_identity_is_guarded():
         way(output, {"a": torch.zeros(2), "b": [torch.zeros(2)]})
         assert {name for name in kept if "_plan." in name} == {"self._plan.identity"}
         assert any("target" in name for name in kept)
+
+
+def of_arguments(way, backend=None):
+    """Gradients at everything that a criterion is computed from and that is not of the output."""
+    torch.manual_seed(0)
+    prototype = torch.randn(3, requires_grad=True)
+    scale = torch.tensor(2.0, requires_grad=True)
+    weight = torch.rand(3, requires_grad=True)
+    head = nn.Linear(3, 3)
+    hidden = nn.Parameter(torch.randn(3))
+
+    def through_head(output: Tensor, target: Tensor) -> Tensor:
+        return (head(output) + hidden - target).square().mean()
+
+    module = PathLossModule(
+        {
+            "a": nn.MSELoss(),
+            "b": Term(lambda x, y, s: (x - s * y).abs().mean(), s=Input("scale")),
+            "c": Term(nn.MSELoss(reduction="none"), reduction="mean"),
+            "d": through_head,
+            "e.*": nn.MSELoss(),
+        },
+        grad_in_forward=way == "grad_in_forward",
+    )
+    if backend:
+        module.compile(backend=backend)
+    output = {name: torch.randn(3, requires_grad=True) for name in "abcd"} | {"e": [torch.randn(3, requires_grad=True)]}
+    shared = prototype * 2  # not a leaf, and read twice
+    target = {"a": shared, "b": torch.randn(3), "c": torch.randn(3), "d": torch.randn(3), "e": [shared]}
+    given = {"input": {"scale": scale}, "sample_weight": {"c": weight}}
+    if way == "backward":
+        module.backward(output, target, **given)
+    else:
+        module(output, target, **given).backward()
+    return [tensor.grad for tensor in (prototype, scale, weight, hidden, head.weight, head.bias, output["a"])]
+
+
+@pytest.mark.parametrize(
+    ("way", "backend"),
+    [("backward", None), ("grad_in_forward", None), ("backward", "aot_eager"), ("call", "aot_eager")],
+)
+def test_targets_inputs_sample_weights_and_closures_that_require_grad_get_theirs(way, backend):
+    torch._dynamo.reset()
+    found = of_arguments(way, backend)
+    assert all(gradient is not None for gradient in found)
+    torch.testing.assert_close(found, of_arguments("call"))
+
+
+def test_a_closure_over_parameters_is_refused_where_its_gradients_would_be_lost():
+    head = nn.Linear(3, 3)
+    module = PathLossModule({"a": lambda output, target: head(output).square().mean()}, grad_in_forward=True)
+    output, target = {"a": torch.randn(3, requires_grad=True)}, {"a": torch.zeros(3)}
+    module(output, target).backward()
+    assert head.weight.grad is not None
+    module.compile(backend="aot_eager")
+    with pytest.raises(Exception, match="closes over parameters, which would get no gradient"):
+        module(output, target)

@@ -1,6 +1,8 @@
 """`where`: every criterion equals itself on the selected samples, whatever stands in the others."""
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
@@ -27,6 +29,7 @@ from torch_pathloss import (
     Shared,
     Target,
     Term,
+    known,
 )
 
 
@@ -232,6 +235,17 @@ def test_an_empty_selection_is_0_with_zero_gradient_and_absent(some, poison):
         assert math.isnan(module.last.log()["terms/t"])
 
 
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
+@pytest.mark.parametrize("flags", [[False, True, False], [False] * 3], ids=["some", "none"])
+@pytest.mark.parametrize("some", CASES, ids=str)
+def test_anomaly_detection_finds_no_nan_on_the_way_back(some, flags):
+    mask = torch.tensor(flags)
+    module = PathLossModule({"t": some.term(where=Input("known"), reduction="mean")})
+    outputs, targets = poisoned_call(some, mask, torch.nan)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        module(outputs, targets, input={"known": mask}).backward()
+
+
 @pytest.mark.parametrize("some", CASES, ids=str)
 @pytest.mark.parametrize("reduces", [True, False], ids=["reduces by itself", "reduction"])
 def test_a_mask_without_dimensions_switches_the_whole_term(some, reduces):
@@ -265,8 +279,12 @@ PIXELS = torch.tensor([[[True, False, True], [False, False, True]], [[False, Tru
 
 @pytest.mark.parametrize(
     "criterion",
-    [nn.CrossEntropyLoss(reduction="none"), partial(F.cross_entropy, reduction="none")],
-    ids=["module", "function"],
+    [
+        nn.CrossEntropyLoss(reduction="none"),
+        partial(F.cross_entropy, reduction="none"),
+        lambda x, y: F.cross_entropy(x, y, reduction="none"),
+    ],
+    ids=["module", "function", "unknown function"],
 )
 @pytest.mark.parametrize("channels", [4, 2, 3], ids=["4 classes", "as many classes as samples", "as rows"])
 def test_cross_entropy_of_pixels_takes_a_mask_of_pixels(criterion, channels):
@@ -601,14 +619,62 @@ def test_gradcheck(known):
     assert torch.autograd.gradgradcheck(loss, x)
 
 
+def test_a_criterion_that_compares_element_by_element_refuses_two_shapes():
+    module = PathLossModule({"x": unreduced_mse(where=Input("known"))})
+    with pytest.raises(ArgumentError) as error:
+        module({"x": torch.ones(3, 1)}, {"x": torch.ones(3)}, input={"known": torch.ones(3) > 0})
+    assert str(error.value) == (
+        "Term 'x': its criterion compares element by element, but its first argument has shape (3, 1) and its "
+        "second (3,). Torch would broadcast them. Give both the same shape."
+    )
+
+
+def test_outputs_whose_samples_are_not_first_are_refused():
+    ctc = Term(
+        nn.CTCLoss(reduction="none"),
+        where=Target("known"),
+        reduction="mean",
+        input_lengths=Input("frames"),
+        target_lengths=Target("length"),
+    )
+    target = {"x": torch.ones(3, 4), "length": torch.full((3,), 4), "known": torch.ones(3) > 0}
+    with pytest.raises(ArgumentError, match=r"its where has shape \(3,\), but an argument has shape \(9, 3, 5\)"):
+        PathLossModule({"x": ctc})({"x": torch.zeros(9, 3, 5)}, target, input={"frames": torch.full((3,), 9)})
+
+
+def test_ctc_is_conditional_where_its_samples_are_first():
+    def ctc(scores: Tensor, text: Tensor, frames: Tensor, length: Tensor) -> Tensor:
+        return F.ctc_loss(scores.transpose(0, 1).log_softmax(-1), text, frames, length, reduction="none")
+
+    module = PathLossModule(
+        {"x": Term(ctc, where=Target("known"), reduction="mean", frames=Input("frames"), length=Target("length"))}
+    )
+    known, x, y = torch.tensor([False, True, True]), leaf(3, 9, 5), torch.randint(1, 5, (3, 4))
+    with torch.no_grad():
+        x[0] = torch.nan
+    y[0], frames, length = -1, torch.full((3,), 9), torch.tensor([-7, 4, 3])
+    loss = module({"x": x}, {"x": y, "length": length, "known": known}, input={"frames": frames})
+    by_hand = ctc(x[known], y[known], frames[known], length[known]).mean()
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(by_hand, x))
+
+
+def test_a_conditional_criterion_is_copied_pickled_and_exported():
+    module = PathLossModule({"x": unreduced_mse(where=known(Target("x")))})
+    output, target = {"x": torch.tensor([1.0, torch.nan])}, {"x": torch.tensor([3.0, torch.nan])}
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert twin(output, target).item() == 4.0
+    assert torch.export.export(module, (output, target)).module()(output, target).item() == 4.0
+
+
 def every_kind() -> PathLossModule:
     """Conditional terms of every kind."""
-    known = Shared(lambda y: ~y.isnan().any(1), Target("age"))
+    labelled = known(Target("age"))
     unreduced_ce = nn.CrossEntropyLoss(reduction="none")
     return PathLossModule(
         {
-            "age": Term(nn.MSELoss(reduction="none"), where=known, reduction="mean"),
-            "age:own": Term(Scaled(), where=known, reduction="sum"),
+            "age": Term(nn.MSELoss(reduction="none"), where=labelled, reduction="mean"),
+            "age:own": Term(Scaled(), where=labelled, reduction="sum"),
             "label": Term(unreduced_ce, where=Input("labelled"), reduction="weighted_mean"),
             "mask": Term(unreduced_ce, where=Target("valid"), reduction="mean"),
             "box": Term(nn.SmoothL1Loss(), where=lambda output, target: target["box"].isfinite().all()),
@@ -739,7 +805,9 @@ def test_every_way_to_the_gradients_gives_the_same(sample):
 @pytest.mark.slow
 def test_every_compiled_way_to_the_gradients_gives_the_same():
     module, eager = every_kind(), every_kind()
+    module._grad_in_forward = True  # compile() asks for it: one of the ways differentiates in the call
     module.compile(backend="aot_eager")
+    module._grad_in_forward = False
     for sample in BATCHES:
         for found in (by_call(module, sample), *ways(module, sample)):
             assert_same(found, by_call(eager, sample))
@@ -757,8 +825,7 @@ def test_value_and_grad_inside_of_ones_own_graph_gives_the_same():
     module = PathLossModule({"x": unreduced_mse(where=Input("known")), "x:log": hard_where_known()})
     step = torch.compile(lambda *args: module.value_and_grad(args[0], args[1], input=args[2]), fullgraph=True,
                          backend="aot_eager")  # fmt: skip
-    for known in ([True, False, True], [False, False, False]):
-        mask = torch.tensor(known)
+    for mask in torch.tensor([[True, False, True], [False, False, False]]):
         x, y = torch.where(mask, 1.5, torch.nan), torch.where(mask, 2.0, torch.nan)
         total, gradient = step({"x": x}, {"x": y}, {"known": mask})
         theirs, expected = module.value_and_grad({"x": x}, {"x": y}, input={"known": mask})
@@ -887,3 +954,100 @@ def test_explain_does_not_call_a_term_absent_for_a_none_in_the_input():
     module = PathLossModule({"x": Term(lambda x, y, z: (x - y).mean(), z=Input("z"))})
     output, target = {"x": torch.zeros(3)}, {"x": torch.zeros(3)}
     assert module.explain(output, target, input={"z": None}).endswith("(3,) and (3,) and NoneType")
+
+
+@st.composite
+def masks_of_elements(draw: Any) -> tuple[Tensor, tuple[int, ...]]:
+    """Returns a mask of one to three dimensions, and the shape of arguments that may have more."""
+    sizes = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    count = math.prod(sizes)
+    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=count, max_size=count))).reshape(sizes)
+    return mask, (*sizes, *draw(st.lists(st.integers(1, 2), max_size=4 - len(sizes))))
+
+
+ELEMENTWISE = {
+    "MSE": nn.MSELoss(reduction="none"),
+    "BCE": nn.BCELoss(reduction="none"),
+    "logarithm, root and quotient": hard,
+}
+
+
+@settings(max_examples=300)
+@given(masks_of_elements(), st.sampled_from([*ELEMENTWISE]), st.sampled_from([math.nan, math.inf, 0.0, -1.0]))
+def test_any_mask_of_elements_gives_the_criterion_on_the_selected_elements(drawn, name, poison):
+    mask, shape = drawn
+    assume(name != "logarithm, root and quotient" or not may_have_classes(mask, shape))
+    module = PathLossModule({"x": Term(ELEMENTWISE[name], where=Input("known"), reduction="mean")})
+    x = poisoned(probabilities(*shape), mask, poison).requires_grad_()
+    y = poisoned(probabilities(*shape), mask, poison)
+    loss = module({"x": x}, {"x": y}, input={"known": mask})
+    (found,) = torch.autograd.grad(loss, x)
+    if not mask.any():
+        assert loss.item() == 0
+        assert (found == 0).all()
+        return
+    by_hand = ELEMENTWISE[name](x[mask], y[mask]).mean()
+    torch.testing.assert_close(loss, by_hand)
+    torch.testing.assert_close(found, torch.autograd.grad(by_hand, x)[0])
+
+
+def may_have_classes(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the second dimension of a shape may be that of classes, which a criterion that is not known refuses."""
+    return mask.ndim > 1 and shape[:1] + shape[2:] == tuple(mask.shape)
+
+
+class LogOfFar(nn.Module):
+    """A criterion with a parameter that is NaN, with its derivative, at the constants that stand for no sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.scale * (output - target - 5).log()
+
+
+@pytest.mark.parametrize("flags", [[False, True], [False, False]], ids=["some", "none"])
+@pytest.mark.parametrize("whole", [False, True], ids=["samples", "whole"])
+def test_a_criterion_that_stands_no_constant_makes_nothing_nan(flags, whole):
+    mask = torch.tensor(flags)
+    criterion = LogOfFar()
+    where = Shared(torch.any, Input("known")) if whole else Input("known")
+    module = PathLossModule({"x": Term(criterion, where=where, reduction="sum")})
+    x, y = torch.tensor([20.0 if whole else torch.nan, 10.0], requires_grad=True), torch.zeros(2)
+    loss = module({"x": x}, {"x": y}, input={"known": mask})
+    loss.backward()
+    rows = x.detach() if whole and any(flags) else x.detach()[mask]
+    torch.testing.assert_close(loss.detach(), (rows - 5).log().sum())
+    torch.testing.assert_close(criterion.scale.grad, (rows - 5).log().sum())
+    assert x.grad.isfinite().all()
+
+
+def test_a_second_argument_from_the_input_is_made_safe():
+    term = Term(nn.CrossEntropyLoss(reduction="none"), Output("x"), Input("y"), where=Input("known"), reduction="mean")
+    x, y, mask = leaf(3, 4), torch.tensor([1, -7, 99]), torch.tensor([True, False, False])
+    loss = PathLossModule({"x": term})({"x": x}, input={"y": y, "known": mask})
+    torch.testing.assert_close(loss, F.cross_entropy(x[:1], y[:1]))
+
+
+def test_a_mask_shared_with_an_earlier_term_is_computed_once_by_backward_too():
+    calls = []
+
+    def positive(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x > 0
+
+    mask = Shared(positive, Target("large"))
+    module = PathLossModule(
+        {
+            "large": Term(nn.MSELoss(reduction="none"), where=mask, reduction="mean"),
+            "between": nn.MSELoss(),
+            "count": Term(nn.L1Loss(reduction="sum"), normalizer=mask),
+        }
+    )
+    large = 2**19  # floats: more than the memory for which terms are grouped
+    output = {
+        name: torch.zeros(n, requires_grad=True) for name, n in (("large", large), ("between", large), ("count", 1))
+    }
+    module.backward(output, {"large": torch.ones(large), "between": torch.ones(large), "count": torch.ones(1)})
+    assert len(calls) == 1

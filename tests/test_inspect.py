@@ -136,6 +136,30 @@ def test_a_graph_made_before_check_can_still_run_backward():
     assert output["x"].grad.tolist() == [[0.5, -0.5]]
 
 
+def test_check_leaves_the_statistics_of_batch_norm():
+    class Normed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, input, target):
+            return (self.norm(input) - target).abs().mean()
+
+    module = PathLossModule({"x": Normed()})
+    module.check({"x": torch.randn(4, 2)}, {"x": torch.zeros(4, 2)})
+    assert module.get_submodule("/x.norm").running_mean.tolist() == [0.0, 0.0]
+    assert module.get_submodule("/x.norm").running_var.tolist() == [1.0, 1.0]
+
+
+def test_check_lets_a_call_before_it_run_backward():
+    module, x = PathLossModule({"a": nn.MSELoss(), "b": nn.MSELoss()}), torch.ones(2, requires_grad=True)
+    output, target = {"a": x, "b": x}, {"a": torch.zeros(2), "b": torch.zeros(2)}
+    loss = module(output, target)
+    module.check(output, target)
+    loss.backward()
+    assert x.grad.tolist() == [2.0, 2.0]
+
+
 def test_check_tells_every_problem_in_one_message():
     output, target = data()
     output["detection"].pop("bbox")

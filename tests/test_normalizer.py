@@ -362,3 +362,12 @@ def test_it_is_not_entered_twice():
             enter(module, [ONE])
         assert module({"x": torch.ones(2)}, ONE).item() == 2 / 4 * 2  # it goes on
     assert str(error.value) == "accumulate() is entered twice. Leave it after the micro-batches of one step."
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_counts_are_exact_after_the_criterion_was_converted(dtype):
+    module = PathLossModule({"x": l1(Target("n"))}).to(dtype)
+    target = {"x": torch.zeros(2), "n": torch.tensor(100_001)}  # beyond float16, and no bfloat16
+    with module.accumulate([target, target]):
+        loss = module({"x": torch.ones(2)}, target)
+    torch.testing.assert_close(loss, torch.tensor(2 / 200_002 * 2), check_dtype=False)

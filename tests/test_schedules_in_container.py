@@ -239,15 +239,54 @@ def test_step_reads_nothing_from_the_device():
     assert criterion.weights.inactive == {"b": False}
 
 
-def test_a_step_in_another_process_goes_on_exactly(tmp_path):
-    criterion = scheduled()
-    criterion.step()
-    torch.save(criterion.state_dict(), tmp_path / "state.pt")
-    program = (
-        "import sys, torch; from torch import nn; from torch_pathloss import PathLossModule;"
-        "from torch_pathloss.schedules import linear;"
-        "c = PathLossModule({n: nn.L1Loss() for n in 'ab'}, weights={'b': linear(0.0, 1.0, steps=4)});"
-        "c.load_state_dict(torch.load(sys.argv[1], weights_only=True)); c.step(); print(c.weights['b'].item())"
-    )
-    run = [sys.executable, "-c", program, tmp_path / "state.pt"]
-    assert subprocess.run(run, check=True, capture_output=True, text=True).stdout.strip() == "0.5"
+EVERY_SCHEDULE = """
+import sys, torch
+from torch import nn
+from torch_pathloss import PathLossModule
+from torch_pathloss import schedules as s
+
+def criterion():
+    weights = [
+        s.constant(0.3), s.linear(0.0, 1.0, 17, begin=2), s.cosine(2.0, 0.1, 13), s.exponential(1.0, 0.01, 19),
+        s.piecewise({0: 0.5, 7: s.linear(0.0, 1.0, 5), 15: 3.0}), s.cyclical(20, cycles=3), s.one_cycle(1.0, 20),
+        s.alternate(3, 2), 0.7 * s.alternate(3, 2, phase=1), s.by_epoch(s.cosine(1.0, 0.0, 4), 5),
+        s.cosine(1.0, 0.0, 20) * s.cyclical(20) + 0.1, lambda step: 1.0 / (1 + step),
+    ]
+    return PathLossModule([nn.MSELoss() for _ in weights], weights=weights)
+
+def train(module, parameter, steps):
+    logs = []
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        parameter.grad = None
+        target = [torch.rand(2, generator=generator) for _ in module.weights]
+        module([parameter * (1 + i) for i in range(len(target))], target).backward()
+        with torch.no_grad():
+            parameter -= 0.01 * parameter.grad
+        module.step()
+        logs.append(module.last.record.clone())
+    return torch.stack(logs)
+"""
+
+RESUME = """
+state = torch.load(sys.argv[1], weights_only=True)
+module, parameter = criterion(), nn.Parameter(state["parameter"])
+module.load_state_dict(state["criterion"])
+logs = train(module, parameter, range(10, 20))
+torch.save({"logs": logs, "parameter": parameter.data, "weights": module.weights.value}, sys.argv[1])
+"""
+
+
+def test_every_schedule_goes_on_in_another_process_to_the_last_bit(tmp_path):
+    made = {}
+    exec(EVERY_SCHEDULE, made)
+    straight, parameter = made["criterion"](), nn.Parameter(torch.zeros(2))
+    logs = made["train"](straight, parameter, range(20))
+    first, half = made["criterion"](), nn.Parameter(torch.zeros(2))
+    made["train"](first, half, range(10))
+    torch.save({"criterion": first.state_dict(), "parameter": half.data}, tmp_path / "state.pt")
+    subprocess.run([sys.executable, "-c", EVERY_SCHEDULE + RESUME, tmp_path / "state.pt"], check=True)
+    found = torch.load(tmp_path / "state.pt", weights_only=True)
+    expected = {"logs": logs[10:], "parameter": parameter.data, "weights": straight.weights.value}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert len({tuple(row) for row in logs[:, 12:24].T.tolist()}) == 12  # every schedule moves in its own way

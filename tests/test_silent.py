@@ -322,6 +322,19 @@ def test_a_source_inside_a_constant_is_refused():
     )
 
 
+@pytest.mark.parametrize(
+    "constant",
+    [[nn.Linear(2, 2)], {"scale": nn.Parameter(torch.ones(2))}, ((nn.Parameter(torch.ones(2)),),)],
+    ids=["module in a list", "parameter in a dict", "parameter in a tuple in a tuple"],
+)
+def test_a_parameter_inside_a_constant_is_refused_since_it_would_not_be_trained(constant):
+    term = Term(lambda x, constant: x.sum(), Output("a"), constant)
+    assert message(ConstructionError, PathLossModule, {"a": term}) == (
+        f"PathLossModule cannot be built: {type(constant).__name__} is a constant, and the parameters in it would be "
+        "neither trained nor moved. Give them one by one, or as an nn.ModuleList, nn.ModuleDict or nn.ParameterList."
+    )
+
+
 def test_weights_that_are_no_mapping_are_refused():
     assert message(ConstructionError, PathLossModule, {"a": nn.MSELoss()}, weights=2.0) == (
         "PathLossModule cannot be built: weights= must be a mapping from names of terms to weights, not 2.0."

@@ -127,6 +127,13 @@ def test_shared_computations_nest_and_differ_by_their_constants():
     assert_same(criterion({"x": x}), (2 * x).square().mean() + (3 * x).square().mean(), x)
 
 
+def test_zero_and_minus_zero_are_two_constants():
+    quotients = [Shared(torch.div, 1.0, Shared(torch.mul, Output("x"), zero)) for zero in (0.0, -0.0)]
+    criterion = PathLossModule({f"x:{i}s": Term(torch.sum, q) for i, q in enumerate(quotients)})
+    values = criterion.terms({"x": torch.ones(1)}).values()
+    assert [value.item() for value in values] == [float("inf"), float("-inf")]
+
+
 def test_a_shared_module_trains_its_parameters():
     projection = nn.Linear(4, 2)
     criterion = PathLossModule({"x": Term(nn.MSELoss(), Shared(projection, Output("x")), Target("x"))})

@@ -66,6 +66,11 @@ def without_plan(guards: Sequence[Any]) -> list[bool]:
     return [f"{_PLAN}." not in guard.name or ".identity" in guard.name or ".value" in guard.name for guard in guards]
 
 
+NO_CLOSURES = (
+    "A criterion that is a plain function closes over parameters, which would get no gradient where gradients are "
+    "computed in forward and compiled. Make it a module that holds them, or build the container with "
+    "grad_in_forward=False."
+)
 NO_FEATURE = (
     "The weighting takes the norms of gradients at a feature of the model, whose graph is not part of what is "
     "compiled. Build it with feature=None, which takes them at the outputs, or do not compile the criterion."

@@ -133,7 +133,7 @@ class Evaluation:
     def normalized(self, term: TermPlan, value: Tensor | None) -> Tensor | None:
         """Returns a sum over its count, for which every process adds its own, also where the term is absent."""
         assert term.normalizer is not None
-        divisor: Any = self.container.divisor(term.name)  # type: ignore[operator]
+        divisor: Any = self.container._divisor(term.name)  # type: ignore[operator]
         if divisor is None:
             divisor = self.count(0.0 if value is None else self.argument(term.normalizer, ()))
             if not self.is_local:
@@ -383,12 +383,36 @@ class Evaluation:
 
     def output_leaves(self, reads: tuple[Read, ...], captures: tuple[Path, ...]) -> list[Tensor]:
         """Returns the tensors of the output that a match of a term reads."""
+        return self.leaves(tuple(read for read in reads if read.tree == OUTPUT), captures)
+
+    def leaves(self, reads: tuple[Read, ...], captures: tuple[Path, ...]) -> list[Tensor]:
+        """Returns the tensors at the nodes that are read for a match of a term."""
         return [
             leaf
             for read in reads
-            if read.tree == OUTPUT
-            for leaf in _tree.tensors(_tree.walk(self.trees[OUTPUT], _paths.fill(read.path, captures), TREES[OUTPUT]))
+            for leaf in _tree.tensors(
+                _tree.walk(self.trees[read.tree], _paths.fill(read.path, captures), TREES[read.tree])
+            )
         ]
+
+    def trained_arguments(self) -> list[Tensor]:
+        """Returns the tensors that require grad among what terms read of target, input and sample weights."""
+        found = list((self.sample_weights or {}).values())
+        for term in self.plan.terms:
+            try:
+                for read in term.arguments:
+                    if read.is_pattern:
+                        for captures in self.captures(term):
+                            found.extend(self.leaves((read,), captures))
+                        continue
+                    node = _tree.walk(self.trees[read.tree], read.path, TREES[read.tree])
+                    if type(node) is Tensor:  # the usual case
+                        found.append(node)
+                    else:
+                        found.extend(_tree.tensors(node))
+            except PathLossError:
+                continue  # the term raises the same with its name
+        return [leaf for leaf in found if leaf.requires_grad]
 
 
 def add(values: list[Tensor]) -> Tensor:

@@ -268,18 +268,18 @@ def _check_gradient(evaluation: Evaluation, term: TermPlan, value: Tensor) -> No
 def unchanged(module: nn.Module) -> Iterator[None]:
     """Leaves the buffers of a module and the random numbers as they are.
 
-    A buffer that nothing wrote to is not written back: a graph that saved it could not run backward any more.
+    Written back without a new version, for a graph that saved a buffer could not run backward any more. Whether one
+    was written to is not known: batch norm does not count its writes as versions either (torch 2.13).
     """
-    before = [(b, b.clone(), b._version) for b in module.buffers() if not b.is_inference()]
-    devices = {buffer.device for buffer, _, _ in before if buffer.device.type == "cuda"}
+    before = [(buffer, buffer.clone()) for buffer in module.buffers() if not buffer.is_inference()]
+    devices = {buffer.device for buffer, _ in before if buffer.device.type == "cuda"}
     try:
         with torch.random.fork_rng(list(devices)):
             yield
     finally:
         with torch.no_grad():
-            for buffer, value, version in before:
-                if buffer._version != version:
-                    buffer.copy_(value)
+            for buffer, value in before:
+                buffer.data.copy_(value)
 
 
 def check_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -17,7 +17,7 @@ from torch_pathloss._evaluate import Evaluation
 from torch_pathloss._inspect import UNCOVERED, Explanation, Uncovered
 from torch_pathloss._last import Last, seen_of
 from torch_pathloss._plan import OUTPUT, TREES, bind
-from torch_pathloss._term import Present, callable_name, not_a_criterion
+from torch_pathloss._term import FunctionCriterion, Present, callable_name, not_a_criterion, parameters_behind
 from torch_pathloss._weights import Combined, Weights, weighted_sum
 from torch_pathloss.weighting import Scalarizer, Weighting
 
@@ -97,6 +97,7 @@ class PathLossModule(nn.Module):
 
     _accumulates: bool = False
     _gives_away: bool = True
+    _divisors: Tensor | None
     _compiled_pass: Callable[..., tuple[Tensor, list[Tensor | None], list[Tensor | None]]] | None = None
 
     def __init__(
@@ -123,6 +124,11 @@ class PathLossModule(nn.Module):
                 self.register_parameter(name, tensor)
             else:
                 self.register_buffer(name, tensor, persistent=False)
+        self._closures = tuple(
+            name
+            for name, module in bound.modules.items()
+            if isinstance(module, FunctionCriterion) and parameters_behind(module.function)
+        )
         self.weights = Weights(bound.names, bound.weights)
         self.last = Last(bound.names)
         self.weighting = None if weighting is None else self._bound_weighting(weighting)
@@ -259,7 +265,8 @@ class PathLossModule(nn.Module):
             found = _tree.describe(targets)
             raise ArgumentError(f"accumulate() needs a list with the target of each micro-batch, not {found}.")
         evaluations = self._evaluations_of(list(targets), None if inputs is None else list(inputs))
-        divisors: Tensor = self._divisors  # type: ignore[assignment]
+        assert self._divisors is not None
+        self._divisors = divisors = self._divisors.float()  # half() makes it too short for counts
         with torch.no_grad():
             counts = [evaluation.counts() for evaluation in evaluations]
             total = _ranks.sum_over_ranks(torch.stack(counts).sum(0)).clamp(min=1)
@@ -287,7 +294,7 @@ class PathLossModule(nn.Module):
             for position, target in enumerate(targets)
         ]
 
-    def divisor(self, name: str) -> Tensor | None:
+    def _divisor(self, name: str) -> Tensor | None:
         """Returns what `accumulate` has a term divided by, or `None` outside of it."""
         return self._divisors[self.weights._names.index(name)] if self._accumulates else None  # type: ignore[index]
 
@@ -312,7 +319,8 @@ class PathLossModule(nn.Module):
             (tensor(1.), {'a': tensor([1., 1.]), 'b': None})
         """
         if self._compiled_pass is not None and not torch.compiler.is_compiling():
-            total, gradients, _ = self._compiled_pass(output, target, input, sample_weight, None, every=True)
+            arguments = (output, target, input, sample_weight, None)
+            total, gradients, _ = self._compiled_pass(*arguments, every=True, further=[])
         else:
             _, leaves = _backward.leaves_of(output, every=True)
             result = self._pass(output, target, input, sample_weight, leaves, [], None, every=True)
@@ -358,7 +366,8 @@ class PathLossModule(nn.Module):
             torch.Size([1, 2])
         """
         paths, leaves = _backward.leaves_of(output, every=False)
-        parameters = self._trained_parameters()
+        further = self._further(output, target, input, sample_weight)
+        parameters = self._trained_parameters(further)
         if scale is not None and not isinstance(scale, Tensor):
             scale = torch.full((), scale, device=self.weights.value.device)
         tensors: list[Any] = [*leaves, *parameters]
@@ -370,7 +379,8 @@ class PathLossModule(nn.Module):
             _tree.put_at(output, paths[position], None)
 
         if self._compiled_pass is not None:
-            total, gradients, own = self._compiled_pass(output, target, input, sample_weight, scale, every=False)
+            arguments = (output, target, input, sample_weight, scale)
+            total, gradients, own = self._compiled_pass(*arguments, every=False, further=further)
             gradients = [*gradients, *own]
             del own
         else:
@@ -553,7 +563,8 @@ class PathLossModule(nn.Module):
 
     def _forward_with_gradients(self, output: Any, target: Any, input: Any, sample_weight: Any) -> Tensor:
         _, leaves = _backward.leaves_of(output, every=False)
-        parameters = self._trained_parameters()
+        further = self._further(output, target, input, sample_weight)
+        parameters = self._trained_parameters(further)
 
         def compute() -> tuple[Tensor, list[Tensor | None]]:
             result = self._pass(output, target, input, sample_weight, leaves, parameters, None, every=False)
@@ -580,9 +591,7 @@ class PathLossModule(nn.Module):
         """Computes the total and its gradients, and records them in `last`."""
 
         def evaluate(cut: Any) -> Evaluation:
-            evaluation = self._evaluation(cut, target, input, sample_weight)
-            evaluation.is_local = True  # one process may look while the others go on
-            return evaluation
+            return self._evaluation(cut, target, input, sample_weight)
 
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
@@ -601,18 +610,22 @@ class PathLossModule(nn.Module):
         return result
 
     def _weighted_gradients(
-        self, output: Any, target: Any, input: Any, sample_weight: Any, leaves: list[Tensor]
+        self,
+        output: Any,
+        target: Any,
+        input: Any,
+        sample_weight: Any,
+        leaves: list[Tensor],
+        parameters: list[Tensor],
     ) -> _backward.Rows:
         """Computes the gradients of weight times value of each term, and records the values in `last`."""
 
         def evaluate(cut: Any) -> Evaluation:
-            evaluation = self._evaluation(cut, target, input, sample_weight)
-            evaluation.is_local = True  # one process may look while the others go on
-            return evaluation
+            return self._evaluation(cut, target, input, sample_weight)
 
         if self._uncovered != "ignore":
             _inspect.report_uncovered(evaluate(output), self._uncovered, self._warned)
-        terms = list(_backward.of_each_term(evaluate, output, leaves, self._trained_parameters(), every=False))
+        terms = list(_backward.of_each_term(evaluate, output, leaves, parameters, every=False))
         values, present = [term.value for term in terms], [term.present for term in terms]
         total, stacked, weights = weighted_sum(values, self.weights.value)
         self.last.write(values, stacked, present, weights, total)
@@ -639,20 +652,37 @@ class PathLossModule(nn.Module):
         return feature
 
     def _traced_pass(
-        self, output: Any, target: Any, input: Any, sample_weight: Any, scale: Tensor | None, every: bool
+        self,
+        output: Any,
+        target: Any,
+        input: Any,
+        sample_weight: Any,
+        scale: Tensor | None,
+        every: bool,
+        further: list[Tensor],
     ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         """What `compile` compiles: `_pass` with plain arguments and results."""
         _, leaves = _backward.leaves_of(output, every)
-        parameters = [] if every else self._trained_parameters()
+        parameters = [] if every else self._trained_parameters(further)
         result = self._pass(output, target, input, sample_weight, leaves, parameters, scale, every)
         return result.total, result.leaves, result.parameters
 
-    def _trained_parameters(self) -> list[Tensor]:
-        found = [parameter for parameter in self._parameters.values() if parameter is not None]
+    def _further(self, output: Any, target: Any, input: Any, sample_weight: Any) -> list[Tensor]:
+        """Returns what else a call gives gradients to: arguments, and parameters that plain functions close over."""
+        found: list[Tensor] = self._evaluation(output, target, input, sample_weight).trained_arguments()
+        if torch.compiler.is_compiling() and self._closures:
+            raise ArgumentError(_compile.NO_CLOSURES)
+        for name in self._closures:
+            behind = parameters_behind(self._modules[name].function)  # type: ignore[union-attr]
+            found.extend(parameter for parameter in behind if parameter.requires_grad)
+        return found
+
+    def _trained_parameters(self, further: Sequence[Tensor] = ()) -> list[Tensor]:
+        found: list[Tensor] = [parameter for parameter in self._parameters.values() if parameter is not None]
         for child in self._modules.values():
             if child is not None and (child._parameters or child._modules):  # most criteria have neither
                 found.extend(child.parameters())
-        return list(dict.fromkeys(parameter for parameter in found if parameter.requires_grad))
+        return list(dict.fromkeys([*(parameter for parameter in found if parameter.requires_grad), *further]))
 
     def __repr__(self) -> str:
         rows = [

@@ -126,6 +126,8 @@ class TermPlan:
     masking: tuple[Read, ...] = ()
     """Every node that the mask is made of."""
     normalizer: Argument | None = None
+    arguments: tuple[Read, ...] = ()
+    """Those of the reads that are not of the output."""
     counted: tuple[Read, ...] = ()
     """Every node that the normalizer reads."""
 
@@ -334,6 +336,7 @@ class _Binder:
             where=where,
             masking=masking,
             normalizer=normalizer,
+            arguments=tuple(read for read in reads if read.tree != OUTPUT),
             counted=counted,
         )
 
@@ -370,7 +373,12 @@ class _Binder:
         if isinstance(source, nn.Module):
             self.modules[name] = source
             return Stored(name)
-        if _holds_source(source):
+        if _holds(source, (nn.Parameter, nn.Module)):
+            self.problems.append(
+                f"{_kind(source)} is a constant, and the parameters in it would be neither trained nor moved. "
+                "Give them one by one, or as an nn.ModuleList, nn.ModuleDict or nn.ParameterList."
+            )
+        elif _holds(source, Source):
             self.problems.append(
                 f"{source!r} is a constant, and the source in it would not be read. "
                 "Give sources one by one, or make the container with Shared(function, *sources)."
@@ -415,7 +423,9 @@ def _shared_key(shared: Shared) -> Any:
     def key(source: Any) -> Any:
         if isinstance(source, Shared):
             return _shared_key(source)
-        if isinstance(source, (Source, str, int, float, bool, type(None))):
+        if isinstance(source, float):
+            return (float, repr(source))  # 0.0 and -0.0 are equal, but not the same
+        if isinstance(source, (Source, str, int, bool, type(None))):
             return (type(source), source)
         return id(source)
 
@@ -423,10 +433,11 @@ def _shared_key(shared: Shared) -> Any:
     return (id(shared.function), *map(key, shared.sources), named)
 
 
-def _holds_source(value: Any) -> bool:
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether a list, tuple or mapping has something of a kind in it."""
     if isinstance(value, Mapping):
         value = list(value.values())
-    return isinstance(value, (list, tuple)) and any(isinstance(v, Source) or _holds_source(v) for v in value)
+    return isinstance(value, (list, tuple)) and any(isinstance(v, kind) or _holds(v, kind) for v in value)
 
 
 def _driver(reads: tuple[Read, ...], where: tuple[Read, ...]) -> Read | None:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import math
 import numbers
+import types
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, final
 
@@ -363,6 +364,39 @@ class FunctionCriterion(nn.Module):
         return callable_name(self.function)
 
 
+def parameters_behind(function: Any, visited: set[int] | None = None) -> list[nn.Parameter]:
+    """Returns the parameters of what a plain function closes over, is bound to, or names."""
+    visited = set() if visited is None else visited
+    if id(function) in visited:
+        return []
+    visited.add(id(function))
+    if isinstance(function, nn.Parameter):
+        return [function]
+    if isinstance(function, nn.Module):
+        return list(function.parameters())
+    if isinstance(function, functools.partial):
+        behind = [function.func, *function.args, *function.keywords.values()]
+    else:
+        owner = getattr(function, "__self__", None)
+        behind = [owner] if isinstance(owner, nn.Module) else []
+        code, known = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+        behind += [known[name] for name in (code.co_names if code else ()) if name in known]
+        behind += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    found = [p for inner in behind if _may_hold_parameters(inner) for p in parameters_behind(inner, visited)]
+    return list(dict.fromkeys(found))
+
+
+def _may_hold_parameters(value: Any) -> bool:
+    return isinstance(value, (nn.Module, nn.Parameter, functools.partial, types.FunctionType, types.MethodType))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
 _ELEMENTWISE_MODULES = (
     nn.MSELoss,
     nn.L1Loss,
@@ -496,10 +530,15 @@ def reduce(
     if reduction == "sum":
         return total
     if mask is not None and (share is None or reduction == "mean"):
-        return total / mask.expand(result.shape).sum(dtype=dtype).clamp(min=1)
+        return total / _sum_over(result, mask, dtype).clamp(min=1)
     assert share is not None
-    count = share.expand(result.shape).sum(dtype=dtype)
+    count = _sum_over(result, share, dtype)
     return total / torch.where(count == 0, 1, count)
+
+
+def _sum_over(result: Tensor, share: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns the sum of a tensor that is spread over a result, without reading it as often."""
+    return share.sum(dtype=dtype) * (result.numel() // max(share.numel(), 1))
 
 
 def spread(tensor: Tensor, result: Tensor) -> Tensor:

@@ -282,7 +282,8 @@ def alternate(*steps: int, phase: int = 0, set_to_none: bool = False) -> Schedul
 
     Terms that alternate have the same ``steps`` and different phases. An inactive term is absent from the call: it adds
     0, and the outputs that it would have read get zero gradient. Multiply it by a number or another schedule for
-    another weight. A compiled criterion compiles at most once for each phase.
+    another weight. A compiled criterion compiles at most once for each phase; for more than eight phases raise
+    ``torch._dynamo.config.recompile_limit``.
 
     Args:
         *steps: how many steps each phase of the cycle lasts, for two phases or more.

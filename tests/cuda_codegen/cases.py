@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from torch_pathloss import Input, Output, PathLossModule, Shared, Target, Term, _compile, known
+from torch_pathloss import Input, Output, PathLossModule, Shared, Target, Term, _compile, known, weighting
 
 OWN = _compile.options()
 TEN_MSE = {
@@ -194,6 +194,32 @@ def ten_conditions(device: str) -> Any:
     return criterion.to(device), output, {str(i): torch.randn(64, 32, device=device) for i in range(10)}
 
 
+def every_weighting() -> dict[str, type[weighting.Weighting]]:
+    exported = {name: getattr(weighting, name) for name in weighting.__all__}
+    bases = (weighting.Weighting, weighting.Factors, weighting.Scalarizer)
+    return {
+        name: kind
+        for name, kind in exported.items()
+        if isinstance(kind, type) and issubclass(kind, weighting.Weighting) and kind not in bases
+    }
+
+
+def weighted(kind: type[weighting.Weighting]) -> Any:
+    def make(device: str) -> Any:
+        rule = kind(1.0) if kind is weighting.SmoothTchebycheff else kind()  # type: ignore[call-arg]
+        criterion = PathLossModule([nn.MSELoss() for _ in range(10)], weights=[0.5] * 10, weighting=rule)
+        for module in criterion.modules():  # a fake parameter cannot be moved, nor a buffer whose value is known
+            for name, parameter in module._parameters.items():
+                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device=device))
+            for name, buffer in module._buffers.items():
+                moved = None if buffer is None else torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                module._buffers[name] = moved
+        output = [randn(device, 64, 32) for _ in range(10)]
+        return criterion, output, [torch.randn(64, 32, device=device) for _ in range(10)]
+
+    return make
+
+
 def call(criterion: Any, output: Any, target: Any) -> Tensor:
     return criterion(output, target)
 
@@ -237,6 +263,12 @@ def main() -> None:
         found[f"call, ten conditions, {'own' if own else 'default'}"] = count(
             call, ten_conditions, backward=True, own=own
         )
+    for name, kind in every_weighting().items():
+        found[f"call, {name}"] = count(call, weighted(kind), backward=True)
+        if kind.uses_gradients:
+            found[f"value_and_grad, {name}"] = count(value_and_grad, weighted(kind), backward=False)
+        if name in ("EMANormalized", "Uncertainty", "GradNorm"):  # a factor, a parameter, gradients
+            found[f"call, {name}, own"] = count(call, weighted(kind), backward=True, own=True)
     print(json.dumps(found, indent=1))
 
 

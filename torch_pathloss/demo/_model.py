@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 
 from torch_pathloss import PathLossModule, Shared, Target, Term
 from torch_pathloss.demo._data import IGNORED, Canvases, DetectionTarget
+from torch_pathloss.weighting import Weighting
+
+WEIGHTS = {"detection.bbox": 5.0, "aux.*": 0.5}
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
@@ -70,7 +74,7 @@ def shows_a_digit(confidence: Tensor) -> Tensor:
     return confidence > 0.5
 
 
-def make_criterion() -> PathLossModule:
+def make_criterion(weights: Mapping[str, float] = WEIGHTS, weighting: Weighting | None = None) -> PathLossModule:
     """Returns the criterion of the README, for real. Boxes of empty canvases do not count."""
     shown = Shared(shows_a_digit, Target("detection.confidence"))
     return PathLossModule(
@@ -81,7 +85,8 @@ def make_criterion() -> PathLossModule:
             "detection.confidence": nn.BCEWithLogitsLoss(),
             "aux.*": Term(nn.BCEWithLogitsLoss(), match="mean"),
         },
-        weights={"detection.bbox": 5.0, "aux.*": 0.5},
+        weights=weights,
+        weighting=weighting,
         uncovered="error",
     )
 

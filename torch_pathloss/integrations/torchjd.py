@@ -94,20 +94,20 @@ def backward(
     autojac = _extras.needed("torchjd.autojac", by="torch_pathloss.integrations.torchjd", extra="torchjd")
     _check(criterion, aggregator, absent)
     _, leaves = _backward.leaves_of(output, every=False)
-    found = criterion._weighted_gradients(output, target, input, sample_weight, leaves)
+    own = criterion._trained_parameters(criterion._further(output, target, input, sample_weight))
+    found = criterion._weighted_gradients(output, target, input, sample_weight, leaves, own)
     tensors, rows = _distinct(leaves, [row[: len(leaves)] for row in found.rows])
     if not tensors:
         raise ArgumentError(
             "No term depends on a tensor of the output that requires grad, so there is nothing to aggregate. "
             "Compute the output with gradients enabled."
         )
-    own = criterion._trained_parameters()
     own_gradients = _sums([row[len(leaves) :] for row in found.rows], len(own))
     merged = _sums(rows, len(tensors))
     if absent == "drop":
         rows = [row for row, seen in zip(rows, found.present, strict=True) if seen is not False]
     if not rows:
-        _backward.into_model([*tensors, *own], [*merged, *own_gradients])  # zeros
+        _backward.into_model([*tensors, *own], [*merged, *own_gradients], gives_away=True)  # zeros
         return found.total
     jacobians = [_stacked(tensor, [row[position] for row in rows]) for position, tensor in enumerate(tensors)]
     if features is None:
@@ -123,7 +123,7 @@ def backward(
         tensors = shared
     autojac.backward(tensors, jac_tensors=jacobians, inputs=parameters, parallel_chunk_size=parallel_chunk_size)
     autojac.jac_to_grad(parameters, aggregator)
-    _backward.into_model(own, own_gradients)
+    _backward.into_model(own, own_gradients, gives_away=True)
     return found.total
 
 

@@ -34,7 +34,8 @@ class EMANormalized(Factors):
 
     An average goes on only with the updates in which its term is seen. A term that was never seen in an update has the
     factor 1. The gradient is that of :math:`v_k / m_k` with :math:`m_k` constant, so it is the gradient of
-    :math:`\log v_k` where the average is near the value.
+    :math:`\log v_k` where the average is near the value. A value that goes to 0 gets a factor of up to :math:`10^8`,
+    and takes over the training: this is for values that stay above 0.
 
     Args:
         scale: ``"one"``, ``"initial"`` or ``"mean"``, see above. ``"initial"`` keeps the balance that the weights gave

@@ -37,14 +37,18 @@ class IMTLL(Learned):
 
     Examples:
         >>> import torch
+        >>> from torch import nn
+        >>> from torch_pathloss import PathLossModule
         >>> from torch_pathloss.weighting import IMTLL
-        >>> weighting = IMTLL().bind(["a", "b"])
-        >>> with torch.no_grad():
-        ...     _ = weighting.log_scale.copy_(torch.tensor([0.5, 2.0]).log())
-        >>> values, seen = torch.tensor([2.0, 0.5]), torch.tensor([True, True])
-        >>> total, effective = weighting(values, seen)
-        >>> total.item(), effective  # 0.5 * 2 - ln 0.5 + 2 * 0.5 - ln 2
-        (2.0, tensor([0.5000, 2.0000]))
+        >>> criterion = PathLossModule({"a": nn.L1Loss(), "b": nn.L1Loss()}, weighting=IMTLL())
+        >>> optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1)
+        >>> output = {"a": torch.full((2,), 4.0), "b": torch.full((2,), 0.5)}
+        >>> for _ in range(100):
+        ...     optimizer.zero_grad()
+        ...     criterion(output, {"a": torch.zeros(2), "b": torch.zeros(2)}).backward()
+        ...     optimizer.step()
+        >>> criterion.last.weights  # 1/4 and 1/0.5
+        {'a': tensor(0.2500), 'b': tensor(1.9999)}
 
     References:
         Liu et al., Towards Impartial Multi-Task Learning, ICLR 2021.

@@ -59,12 +59,19 @@ class Uncertainty(Learned):
 
     Examples:
         >>> import torch
+        >>> from torch import nn
+        >>> from torch_pathloss import PathLossModule
         >>> from torch_pathloss.weighting import Uncertainty
-        >>> weighting = Uncertainty({"label": "classification"}).bind(["label", "box"])
-        >>> values, both = torch.tensor([3.0, 4.0]), torch.tensor([True, True])
-        >>> total, effective = weighting(values, both)
-        >>> total.item(), effective  # 1 * 3 + 0.5 * 4
-        (5.0, tensor([1.0000, 0.5000]))
+        >>> losses = {"label": nn.CrossEntropyLoss(), "box": nn.MSELoss()}
+        >>> criterion = PathLossModule(losses, weighting=Uncertainty({"label": "classification"}))
+        >>> optimizer = torch.optim.SGD(criterion.parameters(), lr=0.1)
+        >>> output = {"label": torch.zeros(1, 4), "box": torch.full((2,), 3.0)}
+        >>> target = {"label": torch.tensor([0]), "box": torch.zeros(2)}
+        >>> criterion(output, target).backward()
+        >>> criterion.last.weights
+        {'label': tensor(1.), 'box': tensor(0.5000)}
+        >>> criterion.weighting.log_variance.grad  # 1/2 - ln 4 and (1 - 9) / 2
+        tensor([-0.8863, -4.0000])
 
     References:
         Kendall, Gal and Cipolla, Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
