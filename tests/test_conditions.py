@@ -523,7 +523,7 @@ REFUSED = 'Build the criterion with reduction="none" and wrap it as Term(criteri
             "Term 'x': its where is on meta, but the weights are on cpu. Move it to the outputs' device.",
         ),
     ],
-    ids=lambda value: "" if isinstance(value, str) else str(value.where),
+    ids=lambda value: "" if isinstance(value, str) else getattr(value.where, "__name__", str(value.where)),
 )
 def test_what_does_not_fit_is_refused_by_a_call_and_by_check(term, message):
     module = PathLossModule({"x": term})

@@ -77,7 +77,7 @@ def test_a_weight_changed_in_place_inside_the_graph_stays_in_it(counted):
     assert forward <= launches(counted, "call, same small, default")[0] + 1
 
 
-@pytest.mark.parametrize(("options", "forward", "backward"), [("default", 22, 10), ("own", 3, 1)])
+@pytest.mark.parametrize(("options", "forward", "backward"), [("default", 22, 10), ("own", 4, 1)])
 def test_ten_terms_with_masks_of_their_own_need_few_launches(counted, options, forward, backward):
     """By default two a term, its mask and its loss, and two for the total and `last`."""
     found = launches(counted, f"call, ten conditions, {options}")
