@@ -122,10 +122,10 @@ def verdict(results: dict[str, Any]) -> str:
     full = [name for name, row in front.items() if row[1].split(" of ")[0] == row[1].split(" of ")[1]]
     return "\n".join(
         [
-            f"Digits: better than {BASE} in every seed: {', '.join(better) or 'none'}.",
-            f"Digits: worse than {BASE} in every seed: {', '.join(worse) or 'none'}.",
+            f"Digits: better than {BASE} in every seed: {'; '.join(better) or 'none'}.",
+            f"Digits: worse than {BASE} in every seed: {'; '.join(worse) or 'none'}.",
             f"Digits: the largest mean gain is that of {best}.",
-            f"Toy: on the front from every start: {', '.join(full) or 'none'}.",
+            f"Toy: on the front from every start: {'; '.join(full) or 'none'}.",
         ]
     )
 
