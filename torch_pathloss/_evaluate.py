@@ -302,7 +302,8 @@ class Evaluation:
         positional, keywords = found
         if call.is_elementwise:
             _check_shapes(positional, keywords)
-        return self.container._modules[call.child](*positional, **keywords)  # type: ignore[misc]
+        module: Any = self.container._modules[call.child]
+        return module(*positional, **keywords) if keywords else module(*positional)
 
     def arguments(self, call: Call, captures: tuple[Path, ...]) -> tuple[list[Any], dict[str, Any]] | None:
         """Returns what a child is called with, or `None` if one of its arguments is absent."""
@@ -438,8 +439,11 @@ def _check_dtype(result: Tensor) -> None:
 
 
 def _check_shapes(positional: list[Any], keywords: dict[str, Any]) -> None:
-    first = positional[0] if positional else keywords.get("input")
-    second = positional[1] if len(positional) > 1 else keywords.get("target")
+    if keywords:
+        first = positional[0] if positional else keywords.get("input")
+        second = positional[1] if len(positional) > 1 else keywords.get("target")
+    else:
+        first, second = positional[0], positional[1] if len(positional) > 1 else None
     if isinstance(first, Tensor) and isinstance(second, Tensor) and first.shape != second.shape:
         raise ArgumentError(
             f"its criterion compares element by element, but its first argument has shape {tuple(first.shape)} and its "

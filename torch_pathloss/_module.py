@@ -188,7 +188,7 @@ class PathLossModule(nn.Module):
         stacked = torch.stack(values)
         seen = seen_of(present, torch.ones(len(values), dtype=torch.bool, device=weights.device))
         total, effective = self.weighting(stacked, seen, weights, norms)
-        return Combined(total, stacked.detach().squeeze(), effective)
+        return total, stacked.detach().squeeze(), effective
 
     def step(self) -> None:
         """Advances the step of the schedules by one, as the ``step`` of a learning-rate scheduler does.

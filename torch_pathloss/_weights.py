@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, final
+from typing import Any, TypeAlias, final
 
 import torch
 from torch import Tensor, nn
@@ -221,15 +221,9 @@ def _read_step(module: Weights, _: Any) -> None:
         module._follow()
 
 
-class Combined(NamedTuple):
-    """The values of all terms put together."""
-
-    total: Tensor
-    """The scalar to differentiate."""
-    stacked: Tensor
-    """The values as one detached tensor ``[K]``, or 0-dim for one."""
-    weights: Tensor
-    """The weight with which each value entered the total, ``[K]``, detached."""
+Combined: TypeAlias = tuple[Tensor, Tensor, Tensor]
+"""The total to differentiate, the values as one detached tensor ``[K]`` (0-dim for one), and the weight with which each
+entered the total, ``[K]``, detached."""
 
 
 def weighted_sum(values: list[Tensor], weights: Tensor) -> Combined:
@@ -238,7 +232,7 @@ def weighted_sum(values: list[Tensor], weights: Tensor) -> Combined:
     One product in eager mode. Compiled, the sum is a chain that fuses with the criteria; a stack in its way would not.
     """
     if len(values) == 1:
-        return Combined(values[0] * weights.squeeze(), values[0].detach(), weights)
+        return values[0] * weights.squeeze(), values[0].detach(), weights
     stacked = torch.stack(values)
     if torch.compiler.is_compiling():
         total = values[0] * weights[0]
@@ -249,4 +243,4 @@ def weighted_sum(values: list[Tensor], weights: Tensor) -> Combined:
     else:
         dtype = torch.promote_types(stacked.dtype, weights.dtype)
         total = torch.dot(stacked.to(dtype), weights.to(dtype))
-    return Combined(total, stacked.detach(), weights)
+    return total, stacked.detach(), weights
