@@ -99,7 +99,7 @@ def naming_terms(
 
     Args:
         function: what is compiled.
-        evaluate: makes an evaluation of the same arguments.
+        evaluate: makes an evaluation of the same arguments, which waits for no other process: they may not have failed.
         differentiates: whether gradients are computed in it. The flag for that is set at every call, which costs as
             much as a small kernel.
     """
@@ -113,7 +113,6 @@ def naming_terms(
         except torch._dynamo.exc.TorchDynamoException as error:
             failure = error
         evaluation = evaluate(*args, **kwargs)
-        evaluation.is_local = True  # the other processes may not have failed
         with torch.no_grad():
             evaluation.values()  # raises what is wrong in eager mode too, of which Dynamo keeps no word
             causes = _untraceable(evaluation)

@@ -211,7 +211,6 @@ def check(evaluation: Evaluation, uncovered: Uncovered, weighting: Weighting | N
         CheckError: listing what failed.
     """
     problems: list[str] = []
-    evaluation.is_local = True
     present: list[Present] = []
     with unchanged(evaluation.container):
         for term in evaluation.plan.terms:

@@ -132,8 +132,8 @@ class PathLossModule(nn.Module):
         self.weights = Weights(bound.names, bound.weights)
         self.last = Last(bound.names)
         self.weighting = None if weighting is None else self._bound_weighting(weighting)
-        positions = [position for position, term in enumerate(self._plan.terms) if term.normalizer is not None]
-        self.register_buffer("_divisors", torch.ones(len(self.weights)) if positions else None, persistent=False)
+        counts = any(term.normalizer is not None for term in self._plan.terms)
+        self.register_buffer("_divisors", torch.ones(len(self.weights)) if counts else None, persistent=False)
 
     def _bound_weighting(self, weighting: Any) -> Weighting:
         if not isinstance(weighting, Weighting):
@@ -423,7 +423,7 @@ class PathLossModule(nn.Module):
             CheckError: listing every problem.
         """
         try:
-            evaluation = self._evaluation(output, target, input, sample_weight)
+            evaluation = self._local_evaluation(output, target, input, sample_weight)
         except PathLossError as error:
             raise CheckError(str(error)) from None
         _inspect.check(evaluation, self._uncovered, self.weighting)
@@ -460,9 +460,7 @@ class PathLossModule(nn.Module):
         _, leaves = _backward.leaves_of(output, every=True)
 
         def evaluate(cut: Any) -> Evaluation:
-            evaluation = self._evaluation(cut, target, input, sample_weight)
-            evaluation.is_local = True  # one process may look while the others go on
-            return evaluation
+            return self._local_evaluation(cut, target, input, sample_weight)
 
         terms = _backward.of_each_term(evaluate, output, leaves)
         return {name: _backward.mirrored(output, of.leaves) for name, of in zip(self.weights, terms, strict=True)}
@@ -516,9 +514,7 @@ class PathLossModule(nn.Module):
         """
 
         def evaluate(cut: Any) -> Evaluation:
-            evaluation = self._evaluation(cut, target, input, sample_weight)
-            evaluation.is_local = True  # one process may look while the others go on
-            return evaluation
+            return self._local_evaluation(cut, target, input, sample_weight)
 
         weights = self.weights.value if self.weighting is None else torch.stack(list(self.last.weights.values()))
         return _compare.compare(evaluate, output, wrt, weights, threshold)
@@ -543,7 +539,7 @@ class PathLossModule(nn.Module):
         def evaluate(
             output: Any, target: Any = None, input: Any = None, sample_weight: Any = None, *_: Any, **__: Any
         ) -> Any:
-            return self._evaluation(output, target, input, sample_weight)
+            return self._local_evaluation(output, target, input, sample_weight)
 
         assert self._compiled_call_impl is not None
         self._compiled_call_impl = _compile.naming_terms(self._compiled_call_impl, evaluate, differentiates)
@@ -560,6 +556,12 @@ class PathLossModule(nn.Module):
         weights: Any = self._modules["weights"]
         trees = (output, target, input)
         return Evaluation(self._plan, self, trees, sample_weight, weights._buffers["value"].device, weights.inactive)
+
+    def _local_evaluation(self, output: Any, target: Any, input: Any, sample_weight: Any) -> Evaluation:
+        """Makes an evaluation that waits for no other process: one may look while the others go on."""
+        evaluation = self._evaluation(output, target, input, sample_weight)
+        evaluation.is_local = True
+        return evaluation
 
     def _forward_with_gradients(self, output: Any, target: Any, input: Any, sample_weight: Any) -> Tensor:
         _, leaves = _backward.leaves_of(output, every=False)
